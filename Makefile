@@ -1,0 +1,98 @@
+# fastl2o: every target sets up what it needs in $(VENV) and reuses what is there.
+#
+#   make demo     train a classifier with the shipped learned optimizer and with tuned hand-designed ones
+#   make test     lint, types, build, tests (what CI runs)
+#   make bench    microbenchmarks      make lint / format    checks / rewrites the sources
+#   make wheel    sdist and one abi3 wheel in dist/          make clean    removes what was built
+#
+# Settings: PYTHON=python3.12, VENV=.venv, PIP_ARGS="--index-url ..." (for example PyTorch's index of CPU
+# builds; pip's own PIP_* environment variables work too), PYTEST_ARGS="-k name".
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+TORCH_VERSION := 2.13.0
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install $(PIP_ARGS)
+# Stamps lie in the environment, so that removing it removes them.
+TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
+DEMO_STAMP := $(VENV)/.fastl2o-demo
+DEV_STAMP := $(VENV)/.fastl2o-dev
+OPS_STAMP := $(VENV)/.fastl2o-ops
+CORE_STAMP := $(VENV)/.fastl2o-core
+CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+export FASTL2O_WERROR := 1
+
+.PHONY: demo test bench lint format types wheel clean
+
+demo: $(DEMO_STAMP) $(OPS_STAMP)
+	$(BIN)/fastl2o demo
+
+test: lint types $(OPS_STAMP) $(CORE_STAMP)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(DEV_STAMP) $(OPS_STAMP) $(CORE_STAMP)
+	$(BIN)/fastl2o bench
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+types: $(DEV_STAMP)
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+wheel: $(DEV_STAMP)
+	rm -rf dist
+	$(PY) -m build --no-isolation
+
+clean:
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf *.egg-info fastl2o/*.so $(OPS_STAMP) $(CORE_STAMP)
+	find fastl2o kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fastl2o needs Python >= 3.10; PYTHON=$(PYTHON) is not (make PYTHON=/path/to/python3.12)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without an NVIDIA driver torch's CPU build is enough, and several GB smaller; it is published on
+# PyTorch's own package index, which is used when PIP_ARGS or pip's environment variables name it.
+$(TORCH_STAMP): | $(PY)
+	@if command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia ]; then \
+	  set -x; $(PIP) "torch==$(TORCH_VERSION)"; \
+	elif $(PIP) "torch==$(TORCH_VERSION)+cpu"; then :; else \
+	  echo "no CPU-only torch $(TORCH_VERSION) on the configured package indexes: installing the default build" >&2; \
+	  set -x; $(PIP) "torch==$(TORCH_VERSION)"; \
+	fi
+	$(PIP) "setuptools>=77" wheel ninja
+	@touch $@
+
+# The editable install is pure Python here; the compiled parts have rules of their own, so that a
+# change in csrc/ rebuilds without going through pip.
+$(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
+	FASTL2O_CPP=0 $(PIP) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
+	FASTL2O_CPP=0 $(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@ $(DEMO_STAMP)
+
+$(OPS_STAMP): $(CPP) setup.py pyproject.toml $(TORCH_STAMP)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(CORE_STAMP): $(CPP) setup.py $(DEV_STAMP)
+	$(PY) setup.py -q build_core
+	@touch $@

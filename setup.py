@@ -1,0 +1,121 @@
+"""Build of the compiled parts; everything static is in pyproject.toml.
+
+``fastl2o._C``    the ops: torch's stable ABI and Python's limited API, one abi3 wheel for every
+                  torch >= 2.11 and Python >= 3.10. ``FASTL2O_CPP=0`` leaves it out (pure Python).
+``fastl2o_core``  the torch-free core bound with pybind11, for tests and benchmarks only:
+                  ``python setup.py build_core`` puts it into build/core. Never in the wheel.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Command, Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+# Python 3.10 and torch 2.11: the lowest whose limited API and stable ABI have all that is used.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
+# The limited API has no free-threaded build: there the wheel is tied to one Python version.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+INCLUDES = ["csrc/include", "csrc/cpu"]
+# No -march and no -ffast-math: each ISA file selects its instructions by pragma, and the accuracy
+# flags are part of the numerical contract (without contraction all ISA levels can agree).
+CPU_FLAGS = (
+    "-std=c++20 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden "
+    "-Wall -Wextra"
+).split()
+
+
+def switch(name: str, default: str) -> bool:
+    """Read an on/off environment variable; docs/environment.md lists them all."""
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name} is {value!r}; accepted are 0 and 1")
+    return value == "1"
+
+
+def cpu_flags() -> list[str]:
+    return CPU_FLAGS + (["-Werror"] if switch("FASTL2O_WERROR", "0") else [])
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files matching the patterns, relative to the root, sorted so that builds are reproducible."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def headers() -> list[str]:
+    return sources("csrc/**/*.h", "csrc/**/*.inl")
+
+
+def ops_extension() -> Extension:
+    """``fastl2o._C``: CPU registrations of the ops; loaded by ``torch.ops.load_library``."""
+    from torch.utils.cpp_extension import CppExtension, include_paths
+
+    # -isystem: warnings are ours to mend only in our own files.
+    system = [f"-isystem{path}" for path in include_paths()]
+    return CppExtension(
+        "fastl2o._C",
+        sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+        include_dirs=[str(ROOT / folder) for folder in INCLUDES],
+        depends=headers(),
+        extra_compile_args=[*cpu_flags(), *DEFINES[: 1 + LIMITED_API], *system],
+        py_limited_api=LIMITED_API,
+    )
+
+
+def ops_command() -> type[Command]:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildOps(BuildExtension):
+        def run(self) -> None:
+            compiler = os.environ.get("CXX", "g++").split()[0]
+            if not (shutil.which(compiler) or shutil.which("c++")):
+                raise SystemExit(
+                    f"no C++ compiler: {compiler!r} is not on PATH. Install g++ >= 12, or set "
+                    "FASTL2O_CPP=0 for a pure-Python install (slower: reference backend only)"
+                )
+            super().run()
+
+    return BuildOps
+
+
+class BuildCore(Command):
+    """Build the test-only pybind11 module ``fastl2o_core`` into build/core."""
+
+    description = "build the test-only pybind11 module fastl2o_core into build/core"
+    user_options: list[Any] = []
+
+    def initialize_options(self) -> None: ...
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        from pybind11.setup_helpers import Pybind11Extension
+        from setuptools.command.build_ext import build_ext
+
+        self.distribution.ext_modules = [
+            Pybind11Extension(
+                "fastl2o_core",
+                sources("csrc/bindings/core.cpp", "csrc/cpu/*.cpp"),
+                include_dirs=INCLUDES,
+                depends=headers(),
+                extra_compile_args=cpu_flags(),
+            )
+        ]
+        build = build_ext(self.distribution)
+        build.build_lib, build.build_temp = "build/core", "build/core/temp"
+        build.ensure_finalized()
+        build.run()
+
+
+def configuration() -> dict[str, Any]:
+    commands: dict[str, type[Command]] = {"build_core": BuildCore}
+    if not switch("FASTL2O_CPP", "1"):
+        return {"cmdclass": commands}
+    commands["build_ext"] = ops_command()
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
+    return {"cmdclass": commands, "ext_modules": [ops_extension()], "options": options}
+
+
+setup(**configuration())
