@@ -10,7 +10,7 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
 
@@ -19,13 +19,11 @@ ROOT = Path(__file__).resolve().parent
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 # The limited API has no free-threaded build: there the wheel is tied to one Python version.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
-INCLUDES = ["csrc/include", "csrc/cpu"]
-# No -march and no -ffast-math: each ISA file selects its instructions by pragma, and the accuracy
-# flags are part of the numerical contract (without contraction all ISA levels can agree).
-CPU_FLAGS = (
-    "-std=c++20 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden "
-    "-Wall -Wextra"
-).split()
+INCLUDES = [str(ROOT / "csrc/include"), str(ROOT / "csrc/cpu")]
+CPU_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# No -march and no -ffast-math: each ISA file selects its instructions by pragma, and these flags
+# are part of the numerical contract (without contraction all ISA levels can agree).
+CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 
 def switch(name: str, default: str) -> bool:
@@ -58,7 +56,7 @@ def ops_extension() -> Extension:
     return CppExtension(
         "fastl2o._C",
         sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
-        include_dirs=[str(ROOT / folder) for folder in INCLUDES],
+        include_dirs=list(INCLUDES),
         depends=headers(),
         extra_compile_args=[*cpu_flags(), *DEFINES[: 1 + LIMITED_API], *system],
         py_limited_api=LIMITED_API,
@@ -85,25 +83,24 @@ class BuildCore(Command):
     """Build the test-only pybind11 module ``fastl2o_core`` into build/core."""
 
     description = "build the test-only pybind11 module fastl2o_core into build/core"
-    user_options: list[Any] = []
+    user_options: ClassVar[list[Any]] = []
 
     def initialize_options(self) -> None: ...
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
         from pybind11.setup_helpers import Pybind11Extension
-        from setuptools.command.build_ext import build_ext
 
         self.distribution.ext_modules = [
             Pybind11Extension(
                 "fastl2o_core",
                 sources("csrc/bindings/core.cpp", "csrc/cpu/*.cpp"),
-                include_dirs=INCLUDES,
+                include_dirs=list(INCLUDES),
                 depends=headers(),
                 extra_compile_args=cpu_flags(),
             )
         ]
-        build = build_ext(self.distribution)
+        build = ops_command()(self.distribution)  # for its parallel, incremental ninja build
         build.build_lib, build.build_temp = "build/core", "build/core/temp"
         build.ensure_finalized()
         build.run()
