@@ -1,0 +1,85 @@
+// The torch-free CPU core: what the ops, the microbenchmarks and the tests of each instruction set
+// call. Raw pointers and sizes only; threads come from the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "rule_config.h"
+
+namespace fastl2o::cpu {
+
+enum class DType { f32, f64, bf16, f16 };
+enum class NonFinite { pass = 0, skip = 1, raise = 2 };
+
+// Runs body(begin, end) over disjoint ranges that cover [0, count), perhaps on several threads.
+using RangeBody = std::function<void(int64_t, int64_t)>;
+using ParallelFor = std::function<void(int64_t count, const RangeBody& body)>;
+
+// One tensor of the optimizer: contiguous, `numel` coordinates.
+struct StepTensor {
+  void* param;            // param_dtype, read and written
+  void* grad;             // param_dtype, read; written back unscaled when a grad scale is given
+  void* state;            // state_dtype, (state_planes, numel), read and written
+  float* step;            // steps already taken, incremented; null for rules that count none
+  int64_t numel;
+  DType param_dtype;
+  // 1 / (1 - beta^t) for this step's t; filled in by step().
+  float correction1 = 0;
+  float correction2 = 0;
+};
+
+struct StepOptions {
+  DType state_dtype = DType::f32;  // f32 or bf16
+  float lr = 1.0f;
+  float weight_decay = 0.0f;
+  bool maximize = false;
+  bool unscale = false;  // the rule sees grad / grad_scale, which is also written back
+  float grad_scale = 1.0f;
+  NonFinite nonfinite = NonFinite::raise;
+};
+
+// One truncation window; see kernels/lstm/README.md for the identity it evaluates.
+// R runs of D coordinates, N = R * D. Exactly one of loss_weights and d_update is given.
+struct UnrollArgs {
+  int64_t steps = 0;              // T
+  int64_t rows = 0;               // K: T, or T + 1 when the gradient at the last point is recorded
+  int64_t runs = 0;               // R
+  int64_t dim = 0;                // D
+  double first_step = 0;          // steps taken before the window (RNNprop's bias correction)
+  float lr = 1.0f;
+  float weight_decay = 0.0f;
+  const float* grads = nullptr;         // (K, N)
+  const float* state = nullptr;         // (S, N), before the window
+  const float* loss_weights = nullptr;  // (K, R): w_t
+  const float* d_update = nullptr;      // (T, N): dL/du_t given outright
+  const float* d_last_state = nullptr;  // (S, N) or null for zero
+  float* d_meta = nullptr;              // (M,), written
+  float* d_state = nullptr;             // (S, N), written
+  float* d_grads = nullptr;             // (T, N) or null: through the rule's inputs
+};
+
+struct TileKernels;
+
+// The kernels of the best instruction set this processor has: "avx512", "avx2" or "baseline".
+const TileKernels& best_kernels();
+// The same by name; null when the processor or the build lacks it.
+const TileKernels* find_kernels(const char* name);
+const char* kernel_name(const TileKernels& kernels);
+
+// Index of the first tensor whose gradient holds NaN or Inf, or -1. Nothing is changed then.
+int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+             std::vector<StepTensor>& tensors, const StepOptions& options,
+             const ParallelFor& parallel_for);
+
+// The functional step of N coordinates: update (N,) and the next state (S, N).
+void functional_step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+                     int64_t numel, double first_step, const float* grad, const float* state,
+                     float* update, float* new_state, const ParallelFor& parallel_for);
+
+void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+                     const UnrollArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace fastl2o::cpu

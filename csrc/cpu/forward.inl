@@ -1,0 +1,186 @@
+// The forward pass of a tile of V vectors of coordinates. Every buffer is planes of
+// V * kWidth floats: row k of x is x + k * kLanes<V>.
+
+template <int V>
+inline constexpr int kLanes = V * kWidth;
+
+// Rows of the packed forward weights: for each block of units, the bias and then, for each input
+// and each hidden value k, the weights of gates i, f, g, o of each unit of the block. So the inner
+// product reads them in order. `unit_block` is how many units a block holds.
+FASTL2O_INLINE int64_t packed_forward_floats(const RuleConfig& config) {
+  int64_t total = 0;
+  for (int layer = 0; layer < config.num_layers; ++layer)
+    total += 4 * int64_t(config.hidden_size) * (1 + config.layer_inputs(layer) + config.hidden_size);
+  return total;
+}
+
+static void pack_forward(const RuleConfig& config, const float* meta, float* packed) {
+  const MetaLayout layout(config);
+  const int hidden = config.hidden_size;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const int inputs = config.layer_inputs(layer);
+    const float* weight_ih = meta + layout.weight_ih[layer];
+    const float* weight_hh = meta + layout.weight_hh[layer];
+    const float* bias = meta + layout.bias[layer];
+    for (int unit = 0; unit < hidden; unit += kUnitBlock) {
+      const int units = hidden - unit < kUnitBlock ? hidden - unit : kUnitBlock;
+      for (int k = -1; k < inputs + hidden; ++k)
+        for (int u = 0; u < units; ++u)
+          for (int gate = 0; gate < 4; ++gate) {
+            const int row = gate * hidden + unit + u;
+            *packed++ = k < 0         ? bias[row]
+                        : k < inputs ? weight_ih[int64_t(row) * inputs + k]
+                                     : weight_hh[int64_t(row) * hidden + k - inputs];
+          }
+    }
+  }
+}
+
+// Where the unroll keeps what the backward pass needs of one layer; null planes in the live step.
+struct GatePlanes {
+  float* gates = nullptr;   // (4, H): i, f, candidate, o
+  float* tanh_c = nullptr;  // (H)
+};
+
+template <int V, int U>
+FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, const float* x, int rows) {
+  for (int k = 0; k < rows; ++k) {
+    Vec input[V];
+    for (int v = 0; v < V; ++v) input[v] = load(x + k * kLanes<V> + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < 4 * U; ++r) {
+      const Vec weight = splat(weights[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(weight, input[v], sum[r][v]);
+    }
+    weights += 4 * U;
+  }
+}
+
+// Gates and state of U units: c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c').
+// Products of two activations share one reciprocal. `record` also keeps the activations; c' and h'
+// are computed by the same operations either way, so a replay repeats the live step's bits.
+template <int V, int U, bool record>
+FASTL2O_INLINE void cell(const Vec (&sum)[4 * U][V], const float* c_in, float* c_out, float* h_out,
+                         int hidden, int unit, const GatePlanes& planes) {
+  constexpr int lanes = kLanes<V>;
+#pragma GCC unroll 2
+  for (int u = 0; u < U; ++u) {
+    Vec c[V], output_denominator[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int at = (unit + u) * lanes + v * kWidth;
+      const Vec input_denominator = sigmoid_denominator(sum[4 * u][v]);
+      const Vec forget = reciprocal(sigmoid_denominator(sum[4 * u + 1][v]));
+      const Vec candidate_numerator = tanh_numerator(sum[4 * u + 2][v]);
+      output_denominator[v] = sigmoid_denominator(sum[4 * u + 3][v]);
+      const Vec shared = reciprocal(input_denominator * (candidate_numerator + 2.0f));
+      c[v] = fma(forget, load(c_in + at), candidate_numerator * shared);
+      store(c_out + at, c[v]);
+      if constexpr (record) {
+        store(planes.gates + at, reciprocal(input_denominator));
+        store(planes.gates + hidden * lanes + at, forget);
+        store(planes.gates + 2 * hidden * lanes + at,
+              candidate_numerator * reciprocal(candidate_numerator + 2.0f));
+        store(planes.gates + 3 * hidden * lanes + at, reciprocal(output_denominator[v]));
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int at = (unit + u) * lanes + v * kWidth;
+      const Vec numerator = tanh_numerator(c[v]);
+      store(h_out + at, numerator * reciprocal(output_denominator[v] * (numerator + 2.0f)));
+      if constexpr (record) store(planes.tanh_c + at, numerator * reciprocal(numerator + 2.0f));
+    }
+  }
+}
+
+// One layer: x (inputs rows) and h_in (hidden rows) to c_out, h_out. c_out may be c_in.
+template <int V, bool record>
+static const float* layer_forward(const float* weights, const float* x, int inputs, const float* h_in,
+                                  const float* c_in, float* c_out, float* h_out, int hidden,
+                                  const GatePlanes& planes, Prefetch& prefetch) {
+  int unit = 0;
+  for (; unit + kUnitBlock <= hidden; unit += kUnitBlock) {
+    prefetch.advance();
+    Vec sum[4 * kUnitBlock][V];
+    for (int r = 0; r < 4 * kUnitBlock; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
+    weights += 4 * kUnitBlock;
+    accumulate<V, kUnitBlock>(sum, weights, x, inputs);
+    accumulate<V, kUnitBlock>(sum, weights, h_in, hidden);
+    cell<V, kUnitBlock, record>(sum, c_in, c_out, h_out, hidden, unit, planes);
+  }
+  for (; unit < hidden; ++unit) {
+    Vec sum[4][V];
+    for (int r = 0; r < 4; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
+    weights += 4;
+    accumulate<V, 1>(sum, weights, x, inputs);
+    accumulate<V, 1>(sum, weights, h_in, hidden);
+    cell<V, 1, record>(sum, c_in, c_out, h_out, hidden, unit, planes);
+  }
+  return weights;
+}
+
+// out = weight . x + bias over `rows` rows.
+template <int V>
+FASTL2O_INLINE void dense_row(const float* weight, float bias, const float* x, int rows, Vec (&out)[V]) {
+  for (int v = 0; v < V; ++v) out[v] = splat(bias);
+  for (int k = 0; k < rows; ++k)
+    for (int v = 0; v < V; ++v)
+      out[v] = fma(splat(weight[k]), load(x + k * kLanes<V> + v * kWidth), out[v]);
+}
+
+// LSTM rule: the one or two inputs of specs "gradient preprocessing" (arXiv 1606.04474, appendix A).
+template <int V>
+FASTL2O_INLINE void gradient_features(const RuleConfig& config, float exp_p, const float* grad, float* x) {
+  for (int v = 0; v < V; ++v) {
+    const Vec g = load(grad + v * kWidth);
+    if (!config.log_sign) {
+      store(x + v * kWidth, g);
+      continue;
+    }
+    const Vec magnitude = log_vec(absolute(g) + config.eps) / config.p;
+    store(x + v * kWidth, maximum(splat(-1.0f), magnitude));
+    store(x + kLanes<V> + v * kWidth, maximum(splat(-1.0f), minimum(splat(1.0f), g * exp_p)));
+  }
+}
+
+struct MomentDecay {
+  float beta1, beta2, one_minus_beta1, one_minus_beta2;
+
+  explicit MomentDecay(const RuleConfig& config)
+      : beta1(float(config.beta1)),
+        beta2(float(config.beta2)),
+        one_minus_beta1(float(1.0 - config.beta1)),
+        one_minus_beta2(float(1.0 - config.beta2)) {}
+};
+
+struct MomentCorrection {
+  float first, second;  // 1 / (1 - beta^t), t = 1 at the first step
+
+  MomentCorrection(const RuleConfig& config, double t)
+      : first(float(1.0 / (1.0 - __builtin_pow(config.beta1, t)))),
+        second(float(1.0 / (1.0 - __builtin_pow(config.beta2, t)))) {}
+};
+
+// RNNprop: m, v and the scaled gradient and momentum (arXiv 1703.03633, section 4.2).
+FASTL2O_INLINE void moment_features(const MomentDecay& decay, Vec correction1, Vec correction2, Vec g,
+                                    Vec& m, Vec& v, Vec& g_scaled, Vec& m_scaled) {
+  m = fma(splat(decay.one_minus_beta1), g, m * decay.beta1);
+  v = fma(g * decay.one_minus_beta2, g, v * decay.beta2);
+  const Vec root = square_root(v * correction2) + 1e-8f;
+  g_scaled = g / root;
+  m_scaled = (m * correction1) / root;
+}
+
+// z = ELU(P x + b), the first layer's inputs.
+template <int V>
+FASTL2O_INLINE void project(const float* weight, const float* bias, const float* x, float* z, int hidden) {
+  for (int k = 0; k < hidden; ++k) {
+    Vec out[V];
+    dense_row<V>(weight + 2 * k, bias[k], x, 2, out);
+    for (int v = 0; v < V; ++v) store(z + k * kLanes<V> + v * kWidth, elu(out[v]));
+  }
+}

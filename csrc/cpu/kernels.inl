@@ -1,0 +1,46 @@
+// One instruction set's kernels, assembled. A file isa_<name>.cpp selects the target, defines
+// FASTL2O_ISA (namespace and name), FASTL2O_WIDTH and the tile shape, and includes this.
+
+namespace fastl2o::cpu::FASTL2O_ISA {
+
+// Vectors per tile and hidden units per block of the inner product, chosen by measurement
+// (kernels/lstm/README.md): their product times four accumulators must fit the register file.
+inline constexpr int kStepVectors = FASTL2O_STEP_VECTORS;
+inline constexpr int kUnrollVectors = FASTL2O_UNROLL_VECTORS;
+inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
+
+#include "simd.inl"
+#include "math.inl"
+#include "forward.inl"
+#include "step.inl"
+#include "backward.inl"
+#include "unroll.inl"
+
+static int64_t packed_floats(const RuleConfig& config) {
+  return packed_forward_floats(config) + packed_backward_floats(config);
+}
+
+static void pack(const RuleConfig& config, const float* meta, float* packed) {
+  pack_forward(config, meta, packed);
+  pack_backward(config, meta, packed + packed_forward_floats(config));
+}
+
+}  // namespace fastl2o::cpu::FASTL2O_ISA
+
+namespace fastl2o::cpu {
+
+#define FASTL2O_STRING(x) #x
+#define FASTL2O_NAME(x) FASTL2O_STRING(x)
+
+extern const TileKernels FASTL2O_TABLE = {
+    FASTL2O_NAME(FASTL2O_ISA),
+    FASTL2O_ISA::kLanes<FASTL2O_ISA::kStepVectors>,
+    FASTL2O_ISA::kLanes<FASTL2O_ISA::kUnrollVectors>,
+    FASTL2O_ISA::packed_floats,
+    FASTL2O_ISA::pack,
+    FASTL2O_ISA::step_tile,
+    FASTL2O_ISA::unroll_scratch,
+    FASTL2O_ISA::unroll_tiles,
+};
+
+}  // namespace fastl2o::cpu

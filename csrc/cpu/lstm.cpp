@@ -1,0 +1,224 @@
+// Drivers of the coordinate-wise rules: which tiles there are, who computes them, in which order
+// partial results are added. The work on a tile is in the kernels of one instruction set.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "tile_kernels.h"
+
+namespace fastl2o::cpu {
+namespace {
+
+constexpr int64_t kScanChunk = 1 << 16;  // coordinates per unit of the scan for NaN and Inf
+
+template <typename Word>
+bool any_nonfinite(const void* values, int64_t begin, int64_t end, Word exponent) {
+  const Word* words = static_cast<const Word*>(values);
+  Word found = 0;
+  for (int64_t i = begin; i < end; ++i) found |= Word((words[i] & exponent) == exponent);
+  return found != 0;
+}
+
+bool any_nonfinite(const StepTensor& tensor, int64_t begin, int64_t end) {
+  switch (tensor.param_dtype) {
+    case DType::f32: return any_nonfinite<uint32_t>(tensor.grad, begin, end, 0x7f800000u);
+    case DType::f64: return any_nonfinite<uint64_t>(tensor.grad, begin, end, 0x7ff0000000000000ull);
+    case DType::bf16: return any_nonfinite<uint16_t>(tensor.grad, begin, end, 0x7f80);
+    case DType::f16: return any_nonfinite<uint16_t>(tensor.grad, begin, end, 0x7c00);
+  }
+  return false;
+}
+
+// Coordinates of all tensors laid end to end: tensor i owns [start[i], start[i + 1]).
+std::vector<int64_t> starts_of(const std::vector<StepTensor>& tensors) {
+  std::vector<int64_t> starts(tensors.size() + 1, 0);
+  for (size_t i = 0; i < tensors.size(); ++i) starts[i + 1] = starts[i] + tensors[i].numel;
+  return starts;
+}
+
+// The tensor that holds coordinate `at`, skipping empty ones.
+size_t owner_of(const std::vector<int64_t>& starts, int64_t at) {
+  return size_t(std::upper_bound(starts.begin(), starts.end(), at) - starts.begin()) - 1;
+}
+
+std::vector<bool> find_nonfinite(const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
+  const std::vector<int64_t> starts = starts_of(tensors);
+  const int64_t total = starts.back();
+  std::vector<std::atomic<bool>> found(tensors.size());
+  parallel_for((total + kScanChunk - 1) / kScanChunk, [&](int64_t begin, int64_t end) {
+    int64_t at = begin * kScanChunk;
+    const int64_t stop = std::min(end * kScanChunk, total);
+    for (size_t i = owner_of(starts, at); at < stop; ++i) {
+      const int64_t upto = std::min(starts[i + 1], stop);
+      if (upto > at && any_nonfinite(tensors[i], at - starts[i], upto - starts[i])) found[i] = true;
+      at = std::max(at, upto);
+    }
+  });
+  return {found.begin(), found.end()};
+}
+
+// Splits the coordinates [first, first + lanes) into segments; returns their number.
+int fill_segments(const std::vector<StepTensor>& tensors, const std::vector<int64_t>& starts,
+                  int64_t first, int lanes, size_t tensor, Segment* segments) {
+  const int64_t last = std::min(first + lanes, starts.back());
+  int count = 0;
+  for (int64_t at = first; at < last; ++tensor) {
+    const int64_t upto = std::min(starts[tensor + 1], last);
+    if (upto == at) continue;
+    segments[count++] = {&tensors[tensor], at - starts[tensor], int(upto - at), int(at - first)};
+    at = upto;
+  }
+  return count;
+}
+
+struct AlignedFloats {
+  std::vector<float> storage;
+  float* data;
+
+  explicit AlignedFloats(int64_t count) : storage(size_t(count) + 16) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.data());
+    data = storage.data() + ((64 - address % 64) % 64) / sizeof(float);
+  }
+};
+
+void step_tiles(const TileKernels& kernels, const StepContext& context,
+                const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
+  const std::vector<int64_t> starts = starts_of(tensors);
+  const int lanes = kernels.step_tile;
+  const int64_t tiles = (starts.back() + lanes - 1) / lanes;
+  parallel_for(tiles, [&](int64_t begin, int64_t end) {
+    std::vector<Segment> now(lanes), next(lanes);
+    size_t tensor = owner_of(starts, begin * lanes);
+    int next_count = fill_segments(tensors, starts, begin * lanes, lanes, tensor, next.data());
+    for (int64_t tile = begin; tile < end; ++tile) {
+      std::swap(now, next);
+      const int count = next_count;
+      tensor = size_t(now[count - 1].tensor - tensors.data());
+      const bool more = tile + 1 < end;
+      next_count =
+          more ? fill_segments(tensors, starts, (tile + 1) * lanes, lanes,
+                               tensor + (starts[tensor + 1] == (tile + 1) * lanes), next.data())
+               : 0;
+      kernels.step(context, {now.data(), count, more ? next.data() : nullptr});
+    }
+  });
+}
+
+// Beyond what fits here a window's activations are replayed in segments, from checkpoints.
+constexpr int64_t kRecordBytes = 800 * 1024;
+constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kPartialBytes = 8 << 20;
+
+int64_t choose_segment_steps(const TileKernels& kernels, const RuleConfig& config, int64_t steps) {
+  const int64_t state = config.state_planes();
+  const int64_t record =
+      config.num_features() + 2 * config.num_inputs() + 4 + 7 * config.num_layers * config.hidden_size;
+  const int64_t in_cache = kRecordBytes / (record * kernels.unroll_tile * int64_t(sizeof(float)));
+  // Checkpoints and records take the least memory together when they are of equal size.
+  const auto balanced = int64_t(std::ceil(std::sqrt(double(steps) * double(state) / double(record))));
+  return std::clamp<int64_t>(std::max(in_cache, balanced), 1, std::max<int64_t>(steps, 1));
+}
+
+}  // namespace
+
+int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+             std::vector<StepTensor>& tensors, const StepOptions& options,
+             const ParallelFor& parallel_for) {
+  if (options.nonfinite != NonFinite::pass && !tensors.empty()) {
+    const std::vector<bool> bad = find_nonfinite(tensors, parallel_for);
+    const auto first = std::find(bad.begin(), bad.end(), true);
+    if (first != bad.end()) {
+      if (options.nonfinite == NonFinite::raise) return first - bad.begin();
+      size_t kept = 0;
+      for (size_t i = 0; i < tensors.size(); ++i)
+        if (!bad[i]) tensors[kept++] = tensors[i];
+      tensors.resize(kept);
+    }
+  }
+  if (tensors.empty()) return -1;
+  std::vector<float> packed(size_t(kernels.packed_floats(config)));
+  kernels.pack(config, meta, packed.data());
+  for (StepTensor& tensor : tensors) {
+    if (!config.is_rnnprop()) continue;
+    const double t = double(*tensor.step) + 1.0;
+    tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
+    tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
+  }
+  const StepContext context{config, options, meta, packed.data(), float(std::exp(double(config.p)))};
+  step_tiles(kernels, context, tensors, parallel_for);
+  for (StepTensor& tensor : tensors)
+    if (tensor.step != nullptr) *tensor.step += 1.0f;
+  return -1;
+}
+
+void functional_step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+                     int64_t numel, double first_step, const float* grad, const float* state,
+                     float* update, float* new_state, const ParallelFor& parallel_for) {
+  std::memcpy(new_state, state, sizeof(float) * size_t(config.state_planes() * numel));
+  std::fill_n(update, numel, 0.0f);
+  float taken = float(first_step);
+  // With a parameter of zero, lr 1 and no decay the new parameter is the update itself.
+  std::vector<StepTensor> tensors{{update, const_cast<float*>(grad), new_state,
+                                   config.is_rnnprop() ? &taken : nullptr, numel, DType::f32}};
+  StepOptions options;
+  options.nonfinite = NonFinite::pass;
+  step(kernels, config, meta, tensors, options, parallel_for);
+}
+
+void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+                     const UnrollArgs& args, const ParallelFor& parallel_for) {
+  std::vector<float> packed(size_t(kernels.packed_floats(config)));
+  kernels.pack(config, meta, packed.data());
+  const UnrollContext context{config,        args,
+                              meta,          packed.data(),
+                              float(std::exp(double(config.p))),
+                              choose_segment_steps(kernels, config, args.steps)};
+  const int64_t total = args.runs * args.dim;
+  const int64_t tiles = (total + kernels.unroll_tile - 1) / kernels.unroll_tile;
+  const int64_t size = MetaLayout(config).total;
+  // One partial gradient per chunk of tiles, added in order. The chunks depend on the problem only,
+  // so the number of threads does not change a bit.
+  const int64_t affordable = std::max<int64_t>(16, kPartialBytes / (size * int64_t(sizeof(double))));
+  const int64_t chunks = std::min({tiles, kMaxChunks, affordable});
+  std::vector<double> partials(size_t(chunks * size), 0.0);
+  parallel_for(chunks, [&](int64_t begin, int64_t end) {
+    AlignedFloats scratch(kernels.unroll_scratch(context));
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      kernels.unroll(context, chunk * tiles / chunks, (chunk + 1) * tiles / chunks,
+                     partials.data() + chunk * size, scratch.data);
+  });
+  for (int64_t k = 0; k < size; ++k) {
+    double sum = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[size_t(chunk * size + k)];
+    args.d_meta[k] = float(sum);
+  }
+}
+
+const char* kernel_name(const TileKernels& kernels) { return kernels.name; }
+
+const TileKernels* find_kernels(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (std::strcmp(name, "avx512") == 0)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("fma")
+               ? &kAvx512Kernels
+               : nullptr;
+  if (std::strcmp(name, "avx2") == 0)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2Kernels : nullptr;
+#endif
+  return std::strcmp(name, "baseline") == 0 ? &kBaselineKernels : nullptr;
+}
+
+const TileKernels& best_kernels() {
+  static const TileKernels& best = [&]() -> const TileKernels& {
+    for (const char* name : {"avx512", "avx2"})
+      if (const TileKernels* kernels = find_kernels(name)) return *kernels;
+    return kBaselineKernels;
+  }();
+  return best;
+}
+
+}  // namespace fastl2o::cpu

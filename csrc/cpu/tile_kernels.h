@@ -1,0 +1,57 @@
+// The seam between the drivers (lstm.cpp, unroll.cpp) and the code compiled per instruction set.
+#pragma once
+
+#include "core.h"
+
+namespace fastl2o::cpu {
+
+// Consecutive coordinates of one tensor inside a tile.
+struct Segment {
+  const StepTensor* tensor;
+  int64_t offset;  // first coordinate within the tensor
+  int count;
+  int lane;        // first lane within the tile
+};
+
+struct StepTile {
+  const Segment* segments;
+  int num_segments;
+  const Segment* next;  // the following tile's first segment, to prefetch; may be null
+};
+
+// Everything about one step call that all tiles share.
+struct StepContext {
+  RuleConfig config;
+  StepOptions options;
+  const float* meta;
+  const float* packed;
+  float exp_p;  // e^p
+};
+
+struct UnrollContext {
+  RuleConfig config;
+  UnrollArgs args;
+  const float* meta;
+  const float* packed;
+  float exp_p;
+  int64_t segment_steps;  // steps recorded in full at a time; the rest is replayed from checkpoints
+};
+
+struct TileKernels {
+  const char* name;
+  int step_tile;    // coordinates per tile of the step
+  int unroll_tile;  // coordinates per tile of the unroll backward
+  int64_t (*packed_floats)(const RuleConfig&);
+  void (*pack)(const RuleConfig&, const float* meta, float* packed);
+  void (*step)(const StepContext&, const StepTile&);
+  // Floats of scratch that one call of `unroll` needs (64-byte aligned).
+  int64_t (*unroll_scratch)(const UnrollContext&);
+  // Back-propagates tiles [first, last) of `unroll_tile` coordinates; adds to partial (M,).
+  void (*unroll)(const UnrollContext&, int64_t first, int64_t last, double* partial, float* scratch);
+};
+
+extern const TileKernels kBaselineKernels;
+extern const TileKernels kAvx2Kernels;
+extern const TileKernels kAvx512Kernels;
+
+}  // namespace fastl2o::cpu

@@ -1,0 +1,250 @@
+// The CPU kernels of the fastl2o ops, against the LibTorch stable ABI. Schemas, fakes, autograd and
+// the plain-torch default of each op live in Python (fastl2o/ops.py); this registers the CPU key.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core.h"
+
+namespace {
+
+using fastl2o::Family;
+using fastl2o::MetaLayout;
+using fastl2o::RuleConfig;
+using fastl2o::cpu::DType;
+using fastl2o::cpu::StepOptions;
+using fastl2o::cpu::StepTensor;
+using fastl2o::cpu::UnrollArgs;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+RuleConfig lstm_config(int64_t hidden_size, int64_t num_layers, bool log_sign, double p, double eps,
+                       double output_scale) {
+  RuleConfig config;
+  config.family = Family::lstm;
+  config.hidden_size = int(hidden_size);
+  config.num_layers = int(num_layers);
+  config.log_sign = log_sign;
+  config.p = float(p);
+  config.eps = float(eps);
+  config.output_scale = float(output_scale);
+  return config;
+}
+
+RuleConfig rnnprop_config(int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
+                          double step_size) {
+  RuleConfig config;
+  config.family = Family::rnnprop;
+  config.hidden_size = int(hidden_size);
+  config.num_layers = int(num_layers);
+  config.beta1 = beta1;
+  config.beta2 = beta2;
+  config.step_size = float(step_size);
+  return config;
+}
+
+void check_config(const RuleConfig& config, const Tensor& meta) {
+  STD_TORCH_CHECK(config.hidden_size >= 1 && config.hidden_size <= fastl2o::kMaxHidden,
+                  "hidden_size is ", config.hidden_size, "; the CPU kernels accept 1 to ",
+                  fastl2o::kMaxHidden);
+  STD_TORCH_CHECK(config.num_layers >= 0 && config.num_layers <= fastl2o::kMaxLayers, "num_layers is ",
+                  config.num_layers, "; the CPU kernels accept 0 to ", fastl2o::kMaxLayers);
+  STD_TORCH_CHECK(meta.scalar_type() == ScalarType::Float && meta.is_contiguous(),
+                  "meta must be a contiguous float32 vector of the rule's meta-parameters");
+  STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
+                  " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
+}
+
+void check_floats(const Tensor& tensor, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be contiguous float32 for the CPU kernels; other types go through the "
+                  "reference backend");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " holds ", tensor.numel(), " numbers; expected ", numel);
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+DType dtype_of(ScalarType type, const char* what) {
+  switch (type) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+struct StepLists {
+  const std::vector<Tensor>& params;
+  const std::vector<Tensor>& grads;
+  const std::vector<Tensor>& states;
+  const std::vector<Tensor>* steps;
+};
+
+DType check_lists(const RuleConfig& config, const StepLists& lists) {
+  const size_t count = lists.params.size();
+  STD_TORCH_CHECK(lists.grads.size() == count && lists.states.size() == count &&
+                      (lists.steps == nullptr || lists.steps->size() == count),
+                  "params, grads, states and steps must be lists of the same length");
+  const ScalarType state_type = count == 0 ? ScalarType::Float : lists.states[0].scalar_type();
+  STD_TORCH_CHECK(state_type == ScalarType::Float || state_type == ScalarType::BFloat16,
+                  "states must be float32 or bfloat16 for the CPU kernels");
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &param = lists.params[i], &grad = lists.grads[i], &state = lists.states[i];
+    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && param.numel() == grad.numel(),
+                    "gradient ", i, " of the list must have its parameter's type and shape");
+    STD_TORCH_CHECK(state.scalar_type() == state_type, "state ", i, " of the list has another type than the first");
+    STD_TORCH_CHECK(state.numel() == config.state_planes() * param.numel(), "state ", i,
+                    " of the list must have ", config.state_planes(), " planes of its parameter's shape");
+    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && state.is_contiguous(), "tensors ", i,
+                    " of the lists must be contiguous");
+    if (lists.steps != nullptr)
+      STD_TORCH_CHECK((*lists.steps)[i].scalar_type() == ScalarType::Float && (*lists.steps)[i].numel() == 1,
+                      "step ", i, " of the list must be one float32 number");
+  }
+  return dtype_of(state_type, "states");
+}
+
+void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& meta, double lr,
+              double weight_decay, bool maximize, int64_t nonfinite,
+              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  check_config(config, meta);
+  STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= 2, "nonfinite is ", nonfinite,
+                  "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
+  StepOptions options;
+  options.state_dtype = check_lists(config, lists);
+  if (found_inf.has_value()) {
+    check_floats(*found_inf, 1, "found_inf");
+    if (*floats(*found_inf) != 0.0f) return;
+  }
+  options.lr = float(lr);
+  options.weight_decay = float(weight_decay);
+  options.maximize = maximize;
+  options.nonfinite = fastl2o::cpu::NonFinite(nonfinite);
+  if (grad_scale.has_value()) {
+    check_floats(*grad_scale, 1, "grad_scale");
+    options.unscale = true;
+    options.grad_scale = *floats(*grad_scale);
+  }
+  std::vector<StepTensor> tensors;
+  tensors.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    const Tensor& param = lists.params[i];
+    tensors.push_back({param.mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
+                       lists.states[i].mutable_data_ptr(),
+                       lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]), param.numel(),
+                       dtype_of(param.scalar_type(), "params")});
+  }
+  const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
+                                         options, parallel_for);
+  STD_TORCH_CHECK(bad < 0, "gradient ", bad,
+                  " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
+                  "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
+}
+
+std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad, const Tensor& state,
+                                          double step, const Tensor& meta) {
+  check_config(config, meta);
+  check_floats(grad, grad.numel(), "grad");
+  check_floats(state, config.state_planes() * grad.numel(), "state");
+  Tensor update = torch::stable::empty_like(grad);
+  Tensor new_state = torch::stable::empty_like(state);
+  fastl2o::cpu::functional_step(fastl2o::cpu::best_kernels(), config, floats(meta), grad.numel(), step,
+                                floats(grad), floats(state), mutable_floats(update),
+                                mutable_floats(new_state), parallel_for);
+  return {update, new_state};
+}
+
+// The functional step's backward is a window of one step with dL/du given outright.
+std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& config, const Tensor& d_update,
+                                                           const Tensor& d_new_state, const Tensor& grad,
+                                                           const Tensor& state, double step,
+                                                           const Tensor& meta) {
+  check_config(config, meta);
+  const int64_t numel = grad.numel();
+  check_floats(grad, numel, "grad");
+  check_floats(d_update, numel, "d_update");
+  check_floats(state, config.state_planes() * numel, "state");
+  check_floats(d_new_state, config.state_planes() * numel, "d_new_state");
+  Tensor d_grad = torch::stable::empty_like(grad);
+  Tensor d_state = torch::stable::empty_like(state);
+  Tensor d_meta = torch::stable::empty_like(meta);
+  UnrollArgs args;
+  args.steps = args.rows = 1;
+  args.runs = 1;
+  args.dim = numel;
+  args.first_step = step;
+  args.grads = floats(grad);
+  args.state = floats(state);
+  args.d_update = floats(d_update);
+  args.d_last_state = floats(d_new_state);
+  args.d_meta = mutable_floats(d_meta);
+  args.d_state = mutable_floats(d_state);
+  args.d_grads = mutable_floats(d_grad);
+  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args, parallel_for);
+  return {d_grad, d_state, d_meta};
+}
+
+std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const Tensor& grads,
+                                               const Tensor& state, double step, const Tensor& meta,
+                                               const Tensor& loss_weights, int64_t steps, double lr,
+                                               double weight_decay) {
+  check_config(config, meta);
+  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(), " dimensions");
+  UnrollArgs args;
+  args.rows = grads.size(0);
+  args.runs = grads.size(1);
+  args.dim = grads.size(2);
+  args.steps = steps;
+  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows == steps + 1), "steps is ", steps,
+                  " but grads records ", args.rows, " gradients; accepted are steps or steps + 1");
+  const int64_t numel = args.runs * args.dim;
+  check_floats(grads, args.rows * numel, "grads");
+  check_floats(state, config.state_planes() * numel, "state");
+  check_floats(loss_weights, args.rows * args.runs, "loss_weights");
+  Tensor d_meta = torch::stable::empty_like(meta);
+  Tensor d_state = torch::stable::empty_like(state);
+  args.first_step = step;
+  args.lr = float(lr);
+  args.weight_decay = float(weight_decay);
+  args.grads = floats(grads);
+  args.state = floats(state);
+  args.loss_weights = floats(loss_weights);
+  args.d_meta = mutable_floats(d_meta);
+  args.d_state = mutable_floats(d_state);
+  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args, parallel_for);
+  return {d_meta, d_state};
+}
+
+#include "ops_registration.inl"
+
+std::string cpu_capability() { return fastl2o::cpu::kernel_name(fastl2o::cpu::best_kernels()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastl2o, m) { m.def("cpu_capability() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2o, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2o, CPU, m) {
+  m.impl("lstm_step_", TORCH_BOX(&lstm_step_));
+  m.impl("lstm_step", TORCH_BOX(&lstm_step));
+  m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward));
+  m.impl("lstm_unroll_backward", TORCH_BOX(&lstm_unroll_backward));
+  m.impl("rnnprop_step_", TORCH_BOX(&rnnprop_step_));
+  m.impl("rnnprop_step", TORCH_BOX(&rnnprop_step));
+  m.impl("rnnprop_step_backward", TORCH_BOX(&rnnprop_step_backward));
+  m.impl("rnnprop_unroll_backward", TORCH_BOX(&rnnprop_unroll_backward));
+}
