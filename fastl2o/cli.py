@@ -1,0 +1,250 @@
+"""The command line: ``fastl2o demo | train | eval | bench | info``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from . import meta
+    from .rules import Rule
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Learned optimizers for PyTorch: apply, evaluate and meta-train them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEMO_RULES = ("lstm-mnist", "rnnprop-mnist")
+TASKS = ("quadratic", "digits", "mnist")
+
+
+def _load_rules(names: list[str]) -> dict[str, Rule]:
+    from ._files import load
+
+    return {Path(name).stem if "/" in name else name: load(name) for name in names}
+
+
+@app.command()
+def demo(
+    rule: Annotated[
+        list[str] | None, typer.Option(help="Shipped name or .safetensors path; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs reported for each optimizer.")] = 5,
+    activation: Annotated[str, typer.Option(help="sigmoid, tanh or relu.")] = "sigmoid",
+    out: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("runs/demo.png"),
+    picture: Annotated[bool, typer.Option(help="Draw the curves (needs matplotlib).")] = True,
+) -> None:
+    """Train a digits classifier with learned and with tuned hand-designed optimizers."""
+    from . import _demo, zoo
+
+    names = list(rule or [name for name in DEMO_RULES if name in zoo.names()])
+    if not names:
+        raise RuntimeError(
+            "this installation ships no rule: train one with 'fastl2o train RECIPE' and give it "
+            "by --rule PATH"
+        )
+    setting = _demo.DemoSetting(steps=steps, seeds=seeds, activation=activation)
+    typer.echo(
+        f"scikit-learn digits, 64-{setting.hidden}-10 {activation} network, batch "
+        f"{setting.batch_size}, {steps} steps, mean ±std over {seeds} seeds. The learned rules run "
+        f"as shipped;\nthe others at the best of {len(setting.learning_rates)} learning rates, "
+        f"chosen on {setting.tuning_seeds} seeds of their own."
+    )
+    results = _demo.run(_load_rules(names), setting, progress=True)
+    typer.echo(_demo.table(results, setting))
+    if picture:
+        typer.echo(f"curves: {_demo.plot(results, setting, out)}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe's name, or path of a .toml.")],
+    data: Annotated[str | None, typer.Option(help="MNIST .npz; default $FASTL2O_DATA.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoints and result; default runs/RECIPE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the folder's checkpoint.")] = False,
+    outer_steps: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the recipe's number.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's seed.")] = None,
+) -> None:
+    """Meta-train a rule by a recipe, and save the one with the best validation score."""
+    from dataclasses import asdict, replace
+
+    from . import __version__, meta
+
+    loaded = meta.recipe.load_recipe(recipe)
+    changes = {"outer_steps": outer_steps, "seed": seed}
+    loaded = replace(loaded, **{key: value for key, value in changes.items() if value is not None})
+    folder = out if out is not None else Path("runs") / loaded.name
+    exists = meta.checkpoint.load_checkpoint(folder) is not None
+    if exists and not resume:
+        raise RuntimeError(
+            f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
+        )
+    trainer = meta.recipe.build_trainer(loaded, data, checkpoint_dir=folder)
+    typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
+    result = trainer.fit(loaded.outer_steps)
+    card = {
+        **loaded.card,
+        "name": loaded.name,
+        "description": loaded.description,
+        "recipe": asdict(loaded),
+        "trained": {
+            "outer_steps": result.outer_steps,
+            "best_step": result.best_step,
+            "best_score": result.best_score if result.best_step is not None else None,
+            "skipped": result.skipped,
+            "fastl2o": __version__,
+        },
+    }
+    path = folder / f"{loaded.name}.safetensors"
+    trainer.best_rule.save(path, card)
+    score = "" if result.best_step is None else f", validation {result.best_score:.5g}"
+    typer.echo(f"best rule: {path} (outer step {result.best_step or result.outer_steps}{score})")
+
+
+@app.command("eval")
+def evaluate(
+    rules: Annotated[list[str], typer.Argument(help="Shipped names or .safetensors paths.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "quadratic",
+    horizon: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs reported.")] = 16,
+    tuning_seeds: Annotated[
+        int, typer.Option(min=1, help="Other runs, for choosing learning rates.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the reported runs.")] = 0,
+    criterion: Annotated[
+        str, typer.Option(help="Learning rates by the 'sum' of losses or by the 'final' loss.")
+    ] = "sum",
+    step: Annotated[
+        list[int] | None, typer.Option(help="Report the loss after this many; repeatable.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="MNIST .npz; default $FASTL2O_DATA.")] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Hidden widths of the network, such as 20 or 20,20.")
+    ] = None,
+    activation: Annotated[str | None, typer.Option(help="sigmoid, tanh, relu or elu.")] = None,
+    init_scale: Annotated[
+        str | None, typer.Option(help="Standard deviation of the initial parameters, or torch.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a minibatch.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Images trained on: meta_valid (default), train, meta_train or test."),
+    ] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Size of the quadratics.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+) -> None:
+    """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
+    from ._evaluate import Setting, compare
+
+    widths = None if hidden is None else _parse_widths(hidden)
+    options = {
+        "data": data,
+        "hidden": widths,
+        "activation": activation,
+        "init_scale": _parse_scale(init_scale),
+        "batch_size": batch_size,
+        "split": split,
+        "dim": dim,
+    }
+    setting = Setting(
+        horizon=horizon,
+        runs=seeds,
+        tuning_runs=tuning_seeds,
+        seed=seed,
+        criterion=criterion,
+        steps=tuple(step or ()),
+    )
+    chosen = _make_task(task, {key: value for key, value in options.items() if value is not None})
+    comparison = compare(chosen, _load_rules(rules), setting, progress=not as_json)
+    document = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(document + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(document)
+    else:
+        typer.echo(
+            f"{comparison.task}, {seeds} runs, rates chosen by {criterion} on {tuning_seeds}"
+        )
+        typer.echo(comparison.table())
+
+
+def _parse_widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(",") if width)
+    except ValueError:
+        raise ValueError(f"--hidden takes widths such as 20 or 20,20; got {text!r}") from None
+
+
+def _parse_scale(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _make_task(name: str, options: dict[str, Any]) -> meta.tasks.Task:
+    from . import meta
+
+    if name == "quadratic":
+        accepted = {"dim", "init_scale"}
+    elif name in TASKS:
+        accepted = {"hidden", "activation", "init_scale", "batch_size", "split"}
+        accepted |= {"data"} if name == "mnist" else set()
+    else:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}; got {name!r}")
+    unused = sorted("--" + option.replace("_", "-") for option in set(options) - accepted)
+    if unused:
+        raise ValueError(f"--task {name} has no use for {', '.join(unused)}")
+    if name == "quadratic":
+        return meta.tasks.Quadratic(**options)
+    return meta.tasks.MLPClassification(**{"data": name, "split": "meta_valid", **options})
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the microbenchmarks; further arguments go to pytest (for example -k step)."""
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    if not folder.is_dir():
+        raise RuntimeError(
+            f"there are no benchmarks at {folder}: they are part of the source tree, not of the "
+            "package; run 'make bench' in a clone"
+        )
+    command = [sys.executable, "-m", "pytest", str(folder), *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=folder.parent, check=False).returncode)
+
+
+@app.command()
+def info() -> None:
+    """Show version, build, backends, instruction sets and shipped rules."""
+    from . import info as describe
+
+    for key, value in describe().items():
+        typer.echo(f"{key}: {value}")
+
+
+def main() -> None:
+    """Entry point of the ``fastl2o`` script: expected errors are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        typer.echo(f"fastl2o: {type(error).__name__}: {error}", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
