@@ -1,0 +1,251 @@
+"""Rule files: meta-parameters as safetensors, with the rule's family, config and card in the
+metadata.
+
+The metadata, all strings as safetensors demands: `format` ("fastl2o-rule"), `format_version`,
+`family`, and `config` and `card` as JSON. Nothing is unpickled. A file is written beside its
+destination and renamed over it, so that a full disk or a kill leaves the previous one as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from . import zoo
+from .rules import FAMILIES, Rule, from_config
+
+FORMAT = "fastl2o-rule"
+FORMAT_VERSION = 1
+# The largest rule has about 100,000 meta-parameters; a file far beyond that is something else.
+_LARGEST_FILE = 64 * 2**20
+_DTYPES = (torch.float32, torch.float64)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` so that at any moment `path` holds either all of the old or all of the
+    new content.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the previous file is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save_rule(
+    rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | None = None
+) -> None:
+    """Write a rule to a safetensors file.
+
+    Args:
+        rule: a rule of a known family, with finite float32 or float64 meta-parameters, kept to the
+            last bit.
+        path: where to write; an existing file is replaced only once the new one is complete.
+        card: what to say about the meta-parameters (how trained, on what, horizon, results), a
+            JSON-able mapping.
+
+    Raises:
+        ValueError: the rule or card cannot be written in a form that loads again.
+        OSError: the file cannot be written; an existing one is untouched.
+
+    Example:
+        >>> import fastl2o, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rule.safetensors"
+        >>> fastl2o.LSTMRule().save(path, {"trained_on": "nothing yet"})
+        >>> fastl2o.load(path).card
+        {'trained_on': 'nothing yet'}
+    """
+    if rule.family not in FAMILIES:
+        raise ValueError(
+            f"Invalid rule: family {rule.family!r} has no file format; known are {sorted(FAMILIES)}"
+        )
+    tensors = {name: value.detach().cpu().contiguous() for name, value in rule.named_parameters()}
+    _check_values(tensors, "rule")
+    try:
+        card_text = json.dumps(dict(card or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Invalid card: {error}; pass a mapping of strings, finite numbers and lists"
+        ) from error
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "family": rule.family,
+        "config": json.dumps(rule.config()),
+        "card": card_text,
+    }
+    atomic_write(path, save_tensors(tensors, metadata=metadata))
+
+
+def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> Rule:
+    """Load a rule, shipped or from a file.
+
+    Args:
+        name_or_path: the name of a shipped rule (see `fastl2o.zoo.names()`), or a path; a string
+            counts as a path if it ends in .safetensors or has a path separator.
+        family: accept only rules of this family, "lstm" or "rnnprop".
+
+    Returns:
+        The rule, on the CPU, with its `card`.
+
+    Raises:
+        ValueError: an unknown name, or a file that is truncated, no rule file, of another family or
+            version, or whose tensors have wrong names, shapes, dtypes or values.
+        OSError: the file cannot be read (FileNotFoundError if it is not there).
+
+    Example:
+        >>> import fastl2o
+        >>> fastl2o.load("no-such-rule")
+        Traceback (most recent call last):
+        ...
+        ValueError: no shipped rule is named 'no-such-rule'...
+    """
+    is_name = isinstance(name_or_path, str) and not (
+        name_or_path.endswith(".safetensors") or os.sep in name_or_path or "/" in name_or_path
+    )
+    path = zoo.path(str(name_or_path)) if is_name else Path(name_or_path)
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path}: larger than any rule; pass a file that was written by rule.save")
+    return _parse_rule(path.read_bytes(), str(path), family)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of a rule file, which is checked only as far as its metadata."""
+    metadata = _read_metadata(path.read_bytes(), str(path))
+    return _json_object(metadata, "card", str(path))
+
+
+def _parse_rule(data: bytes, path: str, family: str | None) -> Rule:
+    metadata = _read_metadata(data, path)
+    found = metadata.get("family")
+    if found not in FAMILIES:
+        raise ValueError(
+            f"{path}: unknown rule family {found!r}; this version knows "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    if family is not None and found != family:
+        raise ValueError(
+            f"{path}: holds a rule of family {found!r}, expected {family!r}; pass a file of that "
+            "family"
+        )
+    card = _json_object(metadata, "card", path)
+    try:
+        with torch.device("meta"):  # draws no random numbers from the caller's generator
+            rule = from_config(found, _json_object(metadata, "config", path))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); copy or save it again"
+        ) from error
+    _check_names_and_shapes(rule, tensors, path)
+    _check_values(tensors, path)
+    rule.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    rule.card = card
+    return rule
+
+
+def _read_metadata(data: bytes, path: str) -> dict[str, str]:
+    """The metadata of a rule file: 8 bytes of header length, then a JSON header, then the
+    tensors."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or not data[8:9] == b"{":
+        raise ValueError(
+            f"{path}: not a safetensors file; pass a file that was written by rule.save"
+        )
+    if 8 + length > len(data):
+        raise ValueError(
+            f"{path}: truncated: {len(data)} bytes, its header alone has {length}; copy or save it "
+            "again"
+        )
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its safetensors header is damaged ({error}); copy or save it again"
+        ) from error
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: a safetensors file, but not a rule; pass a file that was written by "
+            "rule.save, or convert arrays "
+            "with fastl2o.convert"
+        )
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path}: written in format version {metadata.get('format_version')}, this version of "
+            "fastl2o reads "
+            f"version {FORMAT_VERSION}; install the version of fastl2o that wrote it"
+        )
+    return metadata
+
+
+def _json_object(metadata: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the metadata entry {key!r} is missing or no JSON ({error}); save it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: the metadata entry {key!r} is no JSON object; save it again")
+    return value
+
+
+def _check_names_and_shapes(rule: Rule, tensors: Mapping[str, Tensor], path: str) -> None:
+    expected = dict(rule.layout)
+    missing, extra = (
+        sorted(expected.keys() - tensors.keys()),
+        sorted(tensors.keys() - expected.keys()),
+    )
+    if missing or extra:
+        raise ValueError(
+            f"{path}: does not hold the tensors of {rule!r}: missing {missing or 'none'}, "
+            f"unexpected {extra or 'none'}"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, {rule!r} has "
+                f"{tuple(shape)} there"
+            )
+
+
+def _check_values(tensors: Mapping[str, Tensor], path: str) -> None:
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"{path}: meta-parameters of dtype {names}; expected all float32 or all float64"
+        )
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{path}: {name} holds NaN or Inf; such a rule cannot work, use an earlier "
+                "checkpoint"
+            )

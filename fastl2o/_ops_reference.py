@@ -1,0 +1,217 @@
+"""The plain-torch implementation of every op, for any rule, device and floating dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+
+# Coordinates handled at once: bounds the temporaries of a step (a few times 4H numbers a
+# coordinate) to tens of MB.
+STEP_BLOCK = 65_536
+# Numbers of replayed state held at once by the unroll backward.
+UNROLL_BLOCK = 8_388_608
+
+NONFINITE = {"pass": 0, "skip": 1, "raise": 2}
+_PASS, _SKIP, _RAISE = NONFINITE["pass"], NONFINITE["skip"], NONFINITE["raise"]
+
+
+def check_lists(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> None:
+    """Check every tensor of an in-place step, so that a step that cannot run changes nothing."""
+    for index, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+        if not param.is_floating_point():
+            raise TypeError(
+                f"params[{index}]: expected a floating dtype, got {param.dtype}; pass complex "
+                "tensors through view_as_real"
+            )
+        if grad.dtype != param.dtype or grad.shape != param.shape or grad.is_sparse:
+            raise ValueError(
+                f"grads[{index}]: expected a dense {param.dtype} of shape {tuple(param.shape)} "
+                "like its parameter, "
+                f"got {grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}"
+            )
+        expected = (rule.state_planes, *param.shape)
+        if state.shape != expected or not state.is_floating_point():
+            raise ValueError(
+                f"states[{index}]: expected floating, of shape {expected}, that is (state_planes, "
+                "*param.shape), "
+                f"got {state.dtype}, shape {tuple(state.shape)}; make it with "
+                "rule.init_state(param)"
+            )
+    for index, step in enumerate(steps):
+        if step.numel() != 1:
+            raise ValueError(
+                f"steps[{index}]: expected a 0-dim tensor, got shape {tuple(step.shape)}"
+            )
+
+
+@torch.no_grad()
+def step_(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    meta: Tensor,
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    nonfinite: int,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The in-place step over lists, tensor by tensor; see `fastl2o.ops.step_` for the arguments."""
+    check_lists(rule, params, grads, states, steps)
+    if found_inf is not None and found_inf.item() != 0.0:
+        return
+    finite = [True] * len(params)
+    if nonfinite != _PASS:
+        finite = [bool(torch.isfinite(grad).all()) for grad in grads]
+        if nonfinite == _RAISE and not all(finite):
+            raise RuntimeError(nonfinite_message(finite.index(False)))
+    for index, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+        if not finite[index]:
+            continue
+        taken: int | Tensor = 0
+        if steps:
+            taken = steps[index].clone()
+            steps[index].add_(1)
+        _step_tensor(rule, param, grad, state, taken, meta, lr, weight_decay, maximize, grad_scale)
+
+
+def nonfinite_message(index: int) -> str:
+    """The error of `nonfinite="raise"`; the optimizer reads the index from it."""
+    return (
+        f"gradient {index} of the list holds NaN or Inf, nothing was changed; lower the learning "
+        "rate or scale the loss, "
+        "or pass nonfinite='skip' (leave that tensor) or 'pass' (feed it to the rule)"
+    )
+
+
+def _step_tensor(
+    rule: Rule,
+    param: Tensor,
+    grad: Tensor,
+    state: Tensor,
+    taken: int | Tensor,
+    meta: Tensor,
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+) -> None:
+    count = param.numel()
+    dtype = torch.float64 if torch.float64 in (param.dtype, state.dtype) else torch.float32
+    flat_param, flat_grad = param.detach().view(count), grad.view(count)
+    flat_state = state.view(rule.state_planes, count)
+    for start in range(0, count, STEP_BLOCK):
+        block = slice(start, start + STEP_BLOCK)
+        seen = flat_grad[block]
+        if grad_scale is not None:
+            # As torch's fused Adam: the rule sees the unrounded quotient, and it is written back.
+            seen = seen.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
+            seen = seen / grad_scale.to(seen.device)
+            flat_grad[block] = seen.to(grad.dtype)
+        update, new_state = rule.reference_step(
+            -seen if maximize else seen, flat_state[:, block], taken, meta
+        )
+        flat_state[:, block] = new_state
+        kept = flat_param[block].to(dtype)
+        if weight_decay != 0.0:
+            kept = (1.0 - lr * weight_decay) * kept
+        flat_param[block] = (kept + lr * update.to(dtype)).to(param.dtype)
+
+
+@torch.no_grad()
+def unroll_backward(
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    step: int,
+    meta: Tensor,
+    loss_weights: Tensor,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a window's weighted losses with respect to the meta-parameters and the first
+    state.
+
+    The task gradients count as constants, so the adjoint a_t = dL/dtheta_t needs only what was
+    recorded:
+
+        a_T = w_T g_T        dL/du_t = lr a_{t+1}        a_t = w_t g_t + (1 - lr weight_decay)
+        a_{t+1}
+
+    Each block of coordinates replays its states from the window's start and walks back through
+    them.
+
+    Args:
+        rule: whose maths to use. grads: `(K, R, D)`, K = steps or steps + 1. state: `(S, R, D)`
+            before the window.
+        step: steps taken before the window. meta: flat `(M,)`. loss_weights: `(K, R)`. steps: T.
+        lr, weight_decay: of the in-place step that made the window.
+
+    Returns:
+        d_meta `(M,)` and d_state `(S, R, D)`.
+    """
+    planes, runs, dim = state.shape
+    flat_grads, flat_state = (
+        grads.reshape(grads.shape[0], runs * dim),
+        state.reshape(planes, runs * dim),
+    )
+    d_meta, d_state = torch.zeros_like(meta), torch.zeros_like(flat_state)
+    size = max(1, UNROLL_BLOCK // max(1, planes * steps))
+    for start in range(0, runs * dim, size):
+        block = slice(start, min(start + size, runs * dim))
+        run_of = torch.arange(block.start, block.stop, device=state.device) // dim
+        d_block, d_state[:, block] = _unroll_block(
+            rule,
+            flat_grads[:, block],
+            flat_state[:, block],
+            step,
+            meta,
+            loss_weights[:, run_of],
+            steps,
+            lr,
+            weight_decay,
+        )
+        d_meta += d_block
+    return d_meta, d_state.reshape(state.shape)
+
+
+def _unroll_block(
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    step: int,
+    meta: Tensor,
+    weights: Tensor,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """`unroll_backward` on coordinates `(K, N)` with the loss weights spread over them."""
+    states = [state]
+    for t in range(steps - 1):
+        states.append(rule.reference_step(grads[t], states[t], step + t, meta)[1])
+    adjoint = (
+        weights[steps] * grads[steps] if grads.shape[0] > steps else torch.zeros_like(grads[0])
+    )
+    d_state, d_meta = torch.zeros_like(state), torch.zeros_like(meta)
+    for t in reversed(range(steps)):
+        _, d_state, d_step = rule.reference_backward(
+            lr * adjoint, d_state, grads[t], states[t], step + t, meta
+        )
+        d_meta += d_step
+        adjoint = weights[t] * grads[t] + (1.0 - lr * weight_decay) * adjoint
+    return d_meta, d_state

@@ -1,0 +1,144 @@
+"""Backends: which implementation an op runs on, and how to force one.
+
+`auto` (the default) takes the fastest that is present for the tensors' device and dtype; naming one
+that is absent is an error that says how to get it. Force one for a block with
+`fastl2o.backend(name)`, or for the whole process with the environment variable `FASTL2O_BACKEND`;
+the block wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+import torch
+
+from ._load import Extension, load_extension
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+_forced: ContextVar[str | None] = ContextVar("fastl2o_backend", default=None)
+_extension = Extension(None, "fastl2o.ops is not imported yet")
+
+
+def load() -> None:
+    """Load the compiled extension; `fastl2o.ops` calls this once, when the schemas are there."""
+    global _extension
+    _extension = load_extension()
+
+
+def extension() -> Extension:
+    """What became of the compiled extension."""
+    return _extension
+
+
+def _why_no_cpu() -> str:
+    return "" if _extension.loaded else _extension.reason
+
+
+def _why_no_gpu() -> str:
+    return "this version has no GPU kernels; use 'auto' or 'reference', which run plain torch there"
+
+
+# One entry a backend: an empty string when it is present, else what is missing and what to do.
+_WHY_ABSENT: dict[str, Callable[[], str]] = {
+    "auto": lambda: "",
+    "reference": lambda: "",
+    "cpu": _why_no_cpu,
+    "triton": _why_no_gpu,
+    "cuda": _why_no_gpu,
+}
+
+
+def available() -> dict[str, str]:
+    """Every backend with "" if it is present, else the reason why not.
+
+    Example:
+        >>> available()["reference"]
+        ''
+    """
+    return {name: _WHY_ABSENT[name]() for name in NAMES if name != "auto"}
+
+
+def _require(name: str, origin: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"Invalid {origin}: {name!r}; pass one of {', '.join(NAMES)}")
+    reason = _WHY_ABSENT[name]()
+    if reason:
+        raise RuntimeError(f"{origin} {name!r} is not available: {reason}")
+
+
+class backend:
+    """Force a backend inside a `with` block, in this thread or task only.
+
+    Args:
+        name: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not there; the message says how to get it.
+
+    Example:
+        >>> with backend("reference"):
+        ...     requested()
+        'reference'
+    """
+
+    def __init__(self, name: str) -> None:
+        _require(name, "backend")
+        self.name = name
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> backend:
+        self._tokens.append(_forced.set(self.name))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _forced.reset(self._tokens.pop())
+
+
+def requested() -> str:
+    """The backend asked for: by the innermost `with backend(...)`, else by FASTL2O_BACKEND, else
+    "auto"."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    name = os.environ.get("FASTL2O_BACKEND") or "auto"
+    if name != "auto":
+        _require(name, "FASTL2O_BACKEND")
+    return name
+
+
+def choose(device: torch.device, unsupported: str) -> str:
+    """The backend to run on for tensors of `device`: "reference" or "cpu".
+
+    Args:
+        device: where the tensors are.
+        unsupported: "" if the kernels take these tensors, else what they do not take and what to
+            do.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot take these tensors.
+    """
+    name = requested()
+    if name == "reference":
+        return name
+    on_cpu = device.type == "cpu"
+    if name == "auto":
+        return "cpu" if on_cpu and not unsupported and _extension.loaded else "reference"
+    if not on_cpu:
+        raise RuntimeError(
+            f"backend {name!r} was forced for tensors on {device}; move them or use 'auto'"
+        )
+    if unsupported:
+        raise RuntimeError(
+            f"backend {name!r} was forced, but {unsupported}; or use 'auto' or 'reference'"
+        )
+    return name

@@ -1,0 +1,299 @@
+"""Dispatch: the torch.library ops of every rule family, their fakes and derivatives, and the Python
+front.
+
+Each schema is defined here, once. Its default implementation is plain torch and runs anywhere; the
+compiled extension, loaded at the end of this module, adds CPU kernels. Ops come in two kinds: an
+in-place list op for `Optimizer.step`, and functional ops with a registered backward for
+meta-training, since torch does not differentiate through an op that mutates.
+
+The functions without a family in their name, `step_`, `step` and `unroll_backward`, are what the
+rest of the package
+calls: they check arguments, choose the backend (see `fastl2o.backends`) and call the family's op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops_reference as reference
+from . import backends
+from ._ops_families import FAMILIES
+from .rules import Rule
+
+backends.load()
+
+
+def step_(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor] | None = None,
+    *,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    nonfinite: str = "raise",
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of `rule` in place on a list of tensors: theta <- (1 - lr * weight_decay) theta
+    + lr * u.
+
+    All tensors are contiguous and on one device. The maths is float32; float64 parameters are added
+    to in float64. A call that raises has changed nothing.
+
+    Args:
+        rule: the rule, whose meta-parameters are read now.
+        params: what to update, float32, float64, bfloat16 or float16.
+        grads: gradients, shaped and typed like `params`.
+        states: `(S, *param.shape)`, float32 or bfloat16, one dtype in a call (the reference backend
+            also takes float64).
+        steps: 0-dim float32 tensors, steps already taken; incremented. Needed if `rule.needs_step`,
+            else ignored.
+        lr, weight_decay: factor on the update, and decoupled decay.
+        maximize: negate the gradient before the rule sees it.
+        nonfinite: on a gradient that holds NaN or Inf: "raise", "skip" (leave that tensor's
+            parameter, state and step as they are) or "pass" (feed it to the rule).
+        grad_scale: 1-element tensor; the rule sees grad / grad_scale, which is also written back
+            into `grads`.
+        found_inf: 1-element tensor; where it is not 0, nothing is touched.
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype or option does not fit.
+        RuntimeError: `nonfinite="raise"` and a gradient is not finite (the message holds its index
+            in the list), or a forced backend cannot take these tensors.
+
+    Example:
+        >>> import fastl2o
+        >>> rule = fastl2o.LSTMRule.as_sgd(0.5, num_layers=0)
+        >>> param, grad = torch.ones(3), torch.ones(3)
+        >>> step_(rule, [param], [grad], [rule.init_state(param)])
+        >>> param
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    count = len(params)
+    steps = steps if steps is not None and rule.needs_step else ()
+    if len(grads) != count or len(states) != count or (rule.needs_step and len(steps) != count):
+        raise ValueError(
+            f"params, grads, states{' and steps' if rule.needs_step else ''}: expected lists of "
+            "one length, got "
+            f"{count}, {len(grads)}, {len(states)}{f' and {len(steps)}' if rule.needs_step else ''}"
+        )
+    mode = reference.NONFINITE.get(nonfinite)
+    if mode is None:
+        raise ValueError(
+            f"Invalid nonfinite: {nonfinite!r}; pass one of "
+            f"{', '.join(map(repr, reference.NONFINITE))}"
+        )
+    if count == 0:
+        return
+    device = params[0].device
+    lr, weight_decay = float(lr), float(weight_decay)
+    family = FAMILIES.get(rule.family)
+    state_dtype = states[0].dtype
+    unsupported = ""
+    if family is None:
+        unsupported = f"there are no kernels for rules of family {rule.family!r}"
+    elif state_dtype not in (torch.float32, torch.bfloat16):
+        unsupported = (
+            f"its step takes state in float32 or bfloat16, not {state_dtype}: convert the state"
+        )
+    if backends.choose(device, unsupported) == "reference" or family is None:
+        meta = rule.flat_buffer(
+            device, torch.float64 if state_dtype == torch.float64 else torch.float32
+        )
+        reference.step_(
+            rule,
+            params,
+            grads,
+            states,
+            steps,
+            meta,
+            lr,
+            weight_decay,
+            maximize,
+            mode,
+            grad_scale,
+            found_inf,
+        )
+        return
+    lists = (params, grads, states, steps) if rule.needs_step else (params, grads, states)
+    meta = rule.flat_buffer(device)
+    with torch.no_grad():
+        family.step_(
+            *lists,
+            meta,
+            *family.arguments(rule),
+            lr,
+            weight_decay,
+            maximize,
+            mode,
+            grad_scale,
+            found_inf,
+        )
+    # A kernel writes through raw pointers: autograd must learn that tensors saved for a backward
+    # have changed.
+    torch.autograd.graph.increment_version([tensor for part in lists for tensor in part])
+
+
+def step(
+    rule: Rule, grad: Tensor, state: Tensor, step: int | Tensor = 0, meta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One functional step, differentiable once in `grad`, `state` and the meta-parameters.
+
+    Under the reference backend it is `rule.reference_step`, which is differentiable any number of
+    times.
+
+    Args:
+        rule: the rule.
+        grad: gradients of any shape.
+        state: `(S, *grad.shape)`; float64 state is computed in float64, by the reference.
+        step: number of steps already taken.
+        meta: flat meta-parameters `(M,)` in place of the rule's own.
+
+    Returns:
+        The update, shaped like `grad`, and the new state.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+        RuntimeError: a forced backend cannot take these tensors.
+
+    Example:
+        >>> import fastl2o
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> grad = torch.ones(3)
+        >>> update, _ = fastl2o.ops.step(rule, grad, rule.init_state(grad))
+        >>> update.sum().backward()
+        >>> rule.readout.bias.grad.shape
+        torch.Size([1])
+    """
+    family = FAMILIES.get(rule.family)
+    unsupported = _unsupported(rule, grad, state, meta)
+    if backends.choose(grad.device, unsupported) == "reference" or family is None:
+        return rule.reference_step(grad, state, step, meta)
+    flat = rule.flat_parameters() if meta is None else meta
+    taken = (int(step),) if rule.needs_step else ()
+    update, new_state = family.step(
+        grad.contiguous(), state.contiguous(), *taken, flat, *family.arguments(rule)
+    )
+    return update, new_state
+
+
+def unroll_backward(
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    loss_weights: Tensor,
+    *,
+    steps: int,
+    step: int = 0,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    meta: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from the recorded task gradients
+    alone.
+
+    The task gradients count as constants (first order). f_0 is evaluated before the first update,
+    so its weight has no effect on the result.
+
+    Args:
+        rule: the rule that made the window with in-place steps.
+        grads: `(K, R, D)`, gradients g_t of f_t at theta_t, K = steps or, with the gradient at the
+            last point, steps + 1.
+        state: `(S, R, D)`, the state before the window.
+        loss_weights: `(K, R)`, w_t for each run.
+        steps: T, the number of updates in the window.
+        step: number of steps taken before the window.
+        lr, weight_decay: as in the steps of the window.
+        meta: flat meta-parameters `(M,)` in place of the rule's own.
+
+    Returns:
+        d_meta `(M,)` and d_state `(S, R, D)`, the gradients of the meta-parameters and of the first
+        state.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or number does not fit.
+        RuntimeError: a forced backend cannot take these tensors.
+
+    Example:
+        >>> import fastl2o
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> grads, weights = torch.randn(4, 2, 5), torch.ones(4, 2)
+        >>> d_meta, d_state = unroll_backward(rule, grads, torch.zeros(8, 2, 5), weights, steps=3)
+        >>> d_meta.shape == (rule.num_meta_parameters,), d_state.shape
+        (True, torch.Size([8, 2, 5]))
+    """
+    _check_window(rule, grads, state, loss_weights, steps, step)
+    family = FAMILIES.get(rule.family)
+    flat = rule.flat_parameters().detach() if meta is None else meta.detach()
+    unsupported = _unsupported(rule, grads, state, flat)
+    lr, weight_decay = float(lr), float(weight_decay)
+    if backends.choose(grads.device, unsupported) == "reference" or family is None:
+        return reference.unroll_backward(
+            rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay
+        )
+    taken = (int(step),) if rule.needs_step else ()
+    with torch.no_grad():
+        d_meta, d_state = family.unroll_backward(
+            grads.contiguous(),
+            state.contiguous(),
+            *taken,
+            flat,
+            loss_weights.to(torch.float32).contiguous(),
+            steps,
+            *family.arguments(rule),
+            lr,
+            weight_decay,
+        )
+    return d_meta, d_state
+
+
+def _unsupported(rule: Rule, grad: Tensor, state: Tensor, meta: Tensor | None) -> str:
+    """Why the functional kernels do not take these tensors, "" if they do."""
+    if rule.family not in FAMILIES:
+        return f"there are no kernels for rules of family {rule.family!r}"
+    dtypes = {
+        grad.dtype,
+        state.dtype,
+        next(rule.parameters()).dtype if meta is None else meta.dtype,
+    }
+    if dtypes != {torch.float32}:
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"its functional ops take float32 tensors, not {names}: convert them"
+    return ""
+
+
+def _check_window(
+    rule: Rule, grads: Tensor, state: Tensor, loss_weights: Tensor, steps: int, step: int
+) -> None:
+    if steps < 1:
+        raise ValueError(
+            f"Invalid steps: {steps}; pass the number of updates in the window, at least 1"
+        )
+    if step < 0:
+        raise ValueError(
+            f"Invalid step: {step}; pass the number of steps taken before the window, at least 0"
+        )
+    if grads.dim() != 3 or grads.shape[0] not in (steps, steps + 1):
+        raise ValueError(
+            f"grads: expected shape (K, runs, coordinates) with K = {steps} or {steps + 1} for "
+            f"steps={steps}, "
+            f"got {tuple(grads.shape)}"
+        )
+    if state.shape != (rule.state_planes, *grads.shape[1:]):
+        raise ValueError(
+            f"state: expected shape {(rule.state_planes, *grads.shape[1:])}, that is "
+            "(state_planes, runs, coordinates), "
+            f"got {tuple(state.shape)}"
+        )
+    if loss_weights.shape != grads.shape[:2]:
+        raise ValueError(
+            f"loss_weights: expected shape {tuple(grads.shape[:2])}, one number for each loss and "
+            "run, "
+            f"got {tuple(loss_weights.shape)}"
+        )
