@@ -1,0 +1,262 @@
+"""What LearnedOptimizer keeps: checked options, per-parameter state and its checkpoint form."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+
+NONFINITE_POLICIES = ("raise", "skip", "pass")
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# What a group of an older checkpoint, or one unpickled from it, is completed with.
+GROUP_DEFAULTS: dict[str, Any] = {
+    "lr": 1.0,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "nonfinite": "raise",
+    "state_dtype": torch.float32,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+}
+
+
+def resolve_rule(rule: Rule | str | os.PathLike[str]) -> Rule:
+    """Return ``rule`` itself, or the one a shipped name or a .safetensors path stands for."""
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, (str, os.PathLike)):
+        from . import load  # the package imports this module, so only at call time
+
+        return load(rule)
+    raise TypeError(
+        f"Invalid rule: {type(rule).__name__}. Give a fastl2o Rule such as fastl2o.LSTMRule(), "
+        "the name of a shipped rule (fastl2o.zoo.names()) or a path to a .safetensors file"
+    )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the option and its value, unless a group's options are usable.
+
+    Only the options that are present are looked at, so it serves constructor arguments, new
+    groups and the groups of a checkpoint alike.
+    """
+    lr = options.get("lr", 1.0)
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Invalid lr: tensor of shape {tuple(lr.shape)}. Give one element")
+        if options.get("foreach") and not options.get("capturable"):
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True"
+            )
+    _check_number("lr", lr)
+    _check_number("weight_decay", options.get("weight_decay", 0.0))
+    nonfinite = options.get("nonfinite", "raise")
+    if nonfinite not in NONFINITE_POLICIES:
+        raise ValueError(f"Invalid nonfinite: {nonfinite!r}. Accepted: {NONFINITE_POLICIES}")
+    state_dtype = options.get("state_dtype", torch.float32)
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(f"Invalid state_dtype: {state_dtype}. Accepted: {STATE_DTYPES}")
+    check_flags(options)
+
+
+def check_flags(options: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for a pair of implementation flags that exclude each other."""
+    chosen = [name for name in ("foreach", "fused", "differentiable") if options.get(name)]
+    if len(chosen) > 1:
+        raise RuntimeError(
+            f"`{chosen[0]}` and `{chosen[1]}` cannot be `True` together. Keep one of them"
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"Invalid {name}: {value}. Accepted: a finite number >= 0")
+
+
+def uses_reference(group: Mapping[str, Any]) -> bool:
+    """Whether a group asked for the reference loop, with the meaning torch gives the flags."""
+    foreach, fused = group["foreach"], group["fused"]
+    return not (foreach or fused or (foreach is None and fused is None))
+
+
+def describe_param(groups: list[dict[str, Any]], group_idx: int, position: int) -> str:
+    """Return a phrase that tells a user which parameter is meant."""
+    group = groups[group_idx]
+    shape = tuple(group["params"][position].shape)
+    if "param_names" in group:
+        name = group["param_names"][position]
+        return f"parameter {name!r} (group {group_idx}, position {position}, shape {shape})"
+    return f"parameter {position} of group {group_idx} (shape {shape})"
+
+
+class Layout(NamedTuple):
+    """How a parameter that is not a plain contiguous real tensor is shown to a list op.
+
+    Attributes:
+        is_complex: it is taken as a real tensor with a last dimension of two.
+        order: its dimensions from slowest to fastest, if it is dense in that order (a
+            channels_last or transposed parameter): then a permuted view needs no copy.
+            None: no such order, so it is stepped in a contiguous copy.
+    """
+
+    is_complex: bool
+    order: tuple[int, ...] | None
+
+    def view(self, tensor: Tensor, planes: int = 0) -> Tensor:
+        """View ``tensor`` of the parameter's shape, behind ``planes`` leading dimensions."""
+        if self.is_complex and tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        if self.order is None:
+            return tensor
+        return tensor.permute(*range(planes), *(planes + d for d in self.order))
+
+
+def layout_of(param: Tensor) -> Layout | None:
+    """Return how ``param`` must be viewed, or None if it can be used as it is."""
+    if param.is_complex():
+        return Layout(True, _dense_order(torch.view_as_real(param.detach().resolve_conj())))
+    if param.is_contiguous():
+        return None
+    return Layout(False, _dense_order(param))
+
+
+def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def new_planes(rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a fresh state (S, *param.shape), its planes laid out in memory as ``param`` is.
+
+    A complex parameter gives (S, *param.shape, 2).
+    """
+    param = param.detach()
+    layout = layout_of(param)
+    if layout is None:
+        return rule.init_state(param, dtype)
+    real = torch.view_as_real(param.resolve_conj()) if layout.is_complex else param
+    order = layout.order or tuple(range(real.dim()))
+    planes = rule.init_state(real.permute(order), dtype)
+    inverse = sorted(range(real.dim()), key=lambda d: order[d])
+    return planes.permute(0, *(1 + d for d in inverse))
+
+
+def laid_out(planes: Tensor, rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of ``planes`` in ``dtype`` on the device and in the layout of ``param``."""
+    return new_planes(rule, param, dtype).copy_(planes)
+
+
+def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | None:
+    """Return what keeps ``state`` from being the state of ``rule`` for ``param``, or None."""
+    wanted = (rule.state_planes, *param.shape, *((2,) if param.is_complex() else ()))
+    planes = state.get("planes")
+    if not isinstance(planes, Tensor):
+        return f"holds {sorted(map(str, state))} but no 'planes' tensor"
+    if tuple(planes.shape) != wanted:
+        return f"has planes of shape {tuple(planes.shape)}, not {wanted}"
+    if planes.dtype not in STATE_DTYPES:
+        return f"has planes of dtype {planes.dtype}, not one of {STATE_DTYPES}"
+    if rule.needs_step != ("step" in state):
+        return "has no 'step'" if rule.needs_step else "has a 'step', which this rule has not"
+    if rule.needs_step and not (
+        isinstance(step := state["step"], (int, float, Tensor))
+        and (not isinstance(step, Tensor) or (step.numel() == 1 and not step.is_complex()))
+        and 0 <= float(step) < math.inf
+    ):
+        return f"has an impossible 'step': {step}"
+    return None
+
+
+def new_step(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a step counter: a new 0-dim float32 tensor."""
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def rule_identity(rule: Rule) -> dict[str, Any]:
+    """Return family, config and a digest of the meta-parameters: plain JSON-able values.
+
+    It stands for the rule in a state_dict: a state belongs to the meta-parameters it was made by.
+    """
+    flat = rule.flat_parameters().detach().to("cpu", torch.float32)
+    digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return {"family": rule.family, "config": dict(rule.config()), "digest": digest}
+
+
+def identity_problem(saved: Any, rule: Rule) -> str | None:
+    """Return how the rule noted in a checkpoint's group differs from ``rule``, or None."""
+    if saved is None:
+        return None
+    if isinstance(saved, Rule):
+        saved = rule_identity(saved)
+    if not isinstance(saved, Mapping):
+        return f"notes an unreadable rule: {saved!r}"
+    own = rule_identity(rule)
+    for key in ("family", "config"):
+        if saved.get(key) != own[key]:
+            return f"was made by a rule of {key} {saved.get(key)}, this rule's is {own[key]}"
+    if saved.get("digest") != own["digest"]:
+        return "was made by a rule with other meta-parameters"
+    return None
+
+
+def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless ``state_dict`` fits ``groups``; nothing is changed.
+
+    Raises:
+        ValueError: another rule, another shape, an impossible option. The message names the group
+            and, where there is one, the parameter.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"loaded state dict has the keys {sorted(map(str, state_dict))[:5]}, not 'state' and "
+            "'param_groups'. Give what an optimizer's state_dict() returned"
+        )
+    saved_groups = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in groups]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"loaded state dict has parameter groups of {saved_sizes} parameters, "
+            f"this optimizer has groups of {sizes}"
+        )
+    for group_idx, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        rule = group["rule"]
+        try:
+            check_options({**group, **saved})
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"group {group_idx} of the loaded state dict: {error}") from None
+        problem = identity_problem(saved.get("rule"), rule)
+        if problem is not None and sizes[group_idx]:
+            name = describe_param(groups, group_idx, 0)
+            raise ValueError(
+                f"loaded state dict: the state of {name} {problem}. Load it with the rule it was "
+                "saved with; to use the state with this rule all the same, delete 'rule' from the "
+                "groups of the state dict"
+            )
+        for position, param_id in enumerate(saved["params"]):
+            state = state_dict["state"].get(param_id)
+            if not state:
+                continue
+            problem = state_problem(state, rule, group["params"][position])
+            if problem is not None:
+                name = describe_param(groups, group_idx, position)
+                raise ValueError(
+                    f"loaded state dict: the state of {name} {problem}. It belongs to another "
+                    "rule, optimizer or model"
+                )

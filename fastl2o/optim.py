@@ -1,0 +1,367 @@
+"""LearnedOptimizer: a torch.optim.Optimizer whose update is a learned rule.
+
+Thin on purpose. What a rule computes is in ``rules/``, how a list of tensors is stepped in
+``ops.py``; here are param groups, state and checkpoints, and everything torch expects of an
+optimizer (closures, hooks, schedulers, gradient scaling).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+
+from ._optim_differentiable import differentiable_step
+from ._optim_plan import (
+    Amp,
+    Plan,
+    create_missing,
+    first_nonfinite,
+    gather,
+    raise_nonfinite,
+    run,
+    unchecked,
+)
+from ._optim_state import (
+    GROUP_DEFAULTS,
+    check_options,
+    check_state_dict,
+    laid_out,
+    new_step,
+    resolve_rule,
+    rule_identity,
+    uses_reference,
+)
+from .rules import Rule
+
+__all__ = ["LSTM", "LearnedOptimizer", "RNNProp"]
+
+RuleLike = Rule | str | os.PathLike[str]
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class LearnedOptimizer(Optimizer):
+    """Train parameters with a learned rule, as a drop-in for any ``torch.optim`` optimizer.
+
+    Each step does ``param <- (1 - lr * weight_decay) * param + lr * update`` with the update that
+    the rule computes from the gradient and its own state; ``lr`` multiplies the learned update, so
+    1.0 is what the rule was trained with and every lr scheduler works.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs or param groups (dicts). A group may carry
+            its own ``lr``, ``weight_decay``, ``rule`` and every other option below. Parameters may
+            be float32, float64, bfloat16, float16 or complex, of any shape and memory layout.
+        rule: a :class:`~fastl2o.Rule`, the name of a shipped one or a path to a .safetensors file.
+        lr: a finite number >= 0 or a tensor of one element.
+        weight_decay: decoupled, multiplied by ``lr``; a finite number >= 0.
+        maximize: follow the negated gradient.
+        nonfinite: what to do about a gradient that holds NaN or Inf. "raise": RuntimeError that
+            names the parameter, nothing is changed; "skip": leave that parameter and its state
+            alone; "pass": feed it to the rule.
+        state_dtype: float32; bfloat16 to halve the memory; float64 (reference path only).
+        foreach, fused: True or None use the list kernels of the current
+            :func:`fastl2o.backend`, False (without the other) the reference loop.
+        capturable: kept for torch's sake; a step on the CPU has nothing to capture.
+        differentiable: let autograd run through the step, also to the rule's meta-parameters.
+
+    State: ``state[p]["planes"]`` is (S, *p.shape), with a last dimension of two added for a complex
+    parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor.
+    ``state_dict()`` holds tensors, numbers and strings only and notes the rule's family, config and
+    a digest of its meta-parameters; loading it with another rule is refused. The rule itself is
+    not in the state_dict (save it with ``rule.save``), but in copies and pickles of the optimizer.
+
+    Raises:
+        ValueError: an impossible ``lr``, ``weight_decay``, ``nonfinite`` or ``state_dtype``.
+        TypeError: ``rule`` is none of the accepted kinds.
+        RuntimeError: flags that exclude each other; in ``step``, sparse or ill-typed gradients and,
+            by default, gradients with NaN or Inf. A step that raises has changed nothing.
+
+    Example:
+        >>> import torch, fastl2o
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> rule = fastl2o.LSTMRule.as_sgd(lr=0.1)  # or the name of a shipped rule
+        >>> optimizer = fastl2o.LearnedOptimizer(model.parameters(), rule)
+        >>> inputs, targets = torch.randn(32, 4), torch.ones(32, 1)
+        >>> for _ in range(50):
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> bool(loss < 1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: RuleLike,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        *,
+        nonfinite: str = "raise",
+        state_dtype: torch.dtype = torch.float32,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+            "state_dtype": state_dtype,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        check_options(defaults)
+        self._plan: Plan | None = None
+        super().__init__(params, {**defaults, "rule": resolve_rule(rule)})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with any options of its own.
+
+        Raises:
+            ValueError: an impossible option, or a parameter given twice.
+        """
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
+            if "rule" in param_group:
+                param_group["rule"] = resolve_rule(param_group["rule"])
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                params = param_group["params"] = list(params)
+                tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+                # torch only warns; a list op would step the two at the same time
+                if len({id(p) for p in tensors}) != len(tensors):
+                    raise ValueError("a parameter group holds a parameter more than once")
+        super().add_param_group(param_group)
+
+    @_use_grad_for_differentiable
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Take one inner step; parameters whose gradient is None are skipped.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: see the class. Nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.defaults["differentiable"]:
+            differentiable_step(self.param_groups, self.state)
+        else:
+            self._step_lists()
+        return loss
+
+    def _step_lists(self) -> None:
+        groups = self.param_groups
+        plan, grads = gather(groups, self.state, self._plan)
+        self._plan = plan
+        if not grads:
+            return
+        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        first_step = bool(plan.missing)
+        to_check = unchecked(plan, groups)
+        # the op itself honours found_inf; on other devices than the CPU reading it is a wait
+        if (
+            amp.found_inf is not None
+            and (to_check or amp.found_inf.device.type == "cpu")
+            and amp.found_inf.item() != 0
+        ):
+            return
+        if to_check and first_nonfinite([grads[i] for i in to_check]) is not None:
+            raise_nonfinite(plan, groups, grads)
+        if first_step:
+            create_missing(plan, groups, self.state, grads)
+        run(plan, groups, grads, amp, checked=first_step)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave unscaling to the step: the kernels do it in registers."""
+        return not any(g["differentiable"] or uses_reference(g) for g in self.param_groups)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and options as torch does, each rule as its identity.
+
+        ``param_groups[i]["rule"]`` is ``{"family", "config", "digest"}``, so that the result can be
+        read with ``torch.load(..., weights_only=True)``.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        with self._without_hooks():
+            state_dict = super().state_dict()
+        identities: dict[int, dict[str, Any]] = {}
+        for group in state_dict["param_groups"]:
+            rule = group["rule"]
+            if id(rule) not in identities:
+                identities[id(rule)] = rule_identity(rule)
+            group["rule"] = dict(identities[id(rule)])
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; the states are copied, bit for bit.
+
+        Options come from the checkpoint, as in torch; the rules stay this optimizer's.
+
+        Raises:
+            ValueError: the checkpoint is of another rule, shape or number of parameters, or holds
+                an impossible option. The message names the parameter; nothing is changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        groups = self.param_groups
+        check_state_dict(state_dict, groups)
+        saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
+        # The base class would cast the planes to the parameter's dtype, and share the tensors with
+        # the checkpoint, so that two optimizers that load the same one step each other's state.
+        restored: dict[Tensor, dict[str, Any]] = {}
+        others = dict(state_dict["state"])
+        for group, saved in zip(groups, saved_groups, strict=True):
+            dtype = saved.get("state_dtype", group["state_dtype"])
+            for param_id, p in zip(saved["params"], group["params"], strict=True):
+                entry = others.get(param_id)
+                if not entry:
+                    continue
+                others[param_id] = {k: v for k, v in entry.items() if k not in ("planes", "step")}
+                restored[p] = {"planes": laid_out(entry["planes"], group["rule"], p, dtype)}
+                if "step" in entry:
+                    restored[p]["step"] = new_step(entry["step"], p.device)
+        completed = [
+            {**{name: group[name] for name in GROUP_DEFAULTS}, **saved, "rule": None}
+            for group, saved in zip(groups, saved_groups, strict=True)
+        ]
+        with self._without_hooks():
+            super().load_state_dict({**state_dict, "state": others, "param_groups": completed})
+        for before, group in zip(groups, self.param_groups, strict=True):
+            group["rule"] = before["rule"]
+        for p, entry in restored.items():
+            self.state[p].update(entry)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Keep the base class from calling hooks: the caller does, at the right moments."""
+        kept = {name: getattr(self, name) for name in _HOOKS}
+        self.__dict__.update({name: OrderedDict() for name in _HOOKS})
+        try:
+            yield
+        finally:
+            self.__dict__.update(kept)
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler puts a wrapped, unpicklable `step` on the instance; hooks are not copied, as
+        # in torch.
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for options in (self.defaults, *self.param_groups):
+            for name, value in GROUP_DEFAULTS.items():
+                options.setdefault(name, value)
+        for p, entry in self.state.items():
+            if isinstance(p, Tensor) and isinstance(entry.get("step"), (int, float)):
+                entry["step"] = new_step(entry["step"], p.device)
+
+
+class _NamedOptimizer(LearnedOptimizer):
+    """A LearnedOptimizer with a shipped rule of one family."""
+
+    family: ClassVar[str]
+    shipped: ClassVar[str]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        *,
+        rule: RuleLike | None = None,
+        **options: Any,
+    ) -> None:
+        resolved = resolve_rule(self.shipped if rule is None else rule)
+        if resolved.family != self.family:
+            raise ValueError(
+                f"Invalid rule: {resolved!r} is of family {resolved.family!r}, "
+                f"{type(self).__name__} takes {self.family!r}. fastl2o.LearnedOptimizer takes any"
+            )
+        super().__init__(params, resolved, lr, weight_decay, maximize, **options)
+
+
+class LSTM(_NamedOptimizer):
+    """The coordinate-wise LSTM optimizer (arXiv 1606.04474) with shipped meta-parameters.
+
+    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    ``"lstm-mnist"``, and is keyword-only: another rule of the family "lstm", its name or path.
+
+    Example:
+        >>> import torch, fastl2o
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = fastl2o.LSTM(model.parameters(), rule=fastl2o.LSTMRule(hidden_size=8))
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.bias]["planes"].shape
+        torch.Size([32, 1])
+    """
+
+    family = "lstm"
+    shipped = "lstm-mnist"
+
+
+class RNNProp(_NamedOptimizer):
+    """RNNprop (arXiv 1703.03633) with shipped meta-parameters.
+
+    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    ``"rnnprop-mnist"``, and is keyword-only: another rule of the family "rnnprop", its name or
+    path.
+
+    Example:
+        >>> import torch, fastl2o
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = fastl2o.RNNProp(model.parameters(), rule=fastl2o.RNNPropRule(hidden_size=8))
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> float(optimizer.state[model.bias]["step"])
+        1.0
+    """
+
+    family = "rnnprop"
+    shipped = "rnnprop-mnist"
