@@ -2,8 +2,9 @@
 #
 #   make demo     train a classifier with the shipped learned optimizer and with tuned hand-designed ones
 #   make test     lint, types, build, tests (what CI runs)
-#   make bench    microbenchmarks      make lint / format    checks / rewrites the sources
-#   make wheel    sdist and one abi3 wheel in dist/          make clean    removes what was built
+#   make build    the compiled parts in place        make bench            microbenchmarks
+#   make lint     checks of the sources              make format           rewrites them
+#   make wheel    sdist and one abi3 wheel in dist/  make clean            removes what was built
 #
 # Settings: PYTHON=python3.12, VENV=.venv, PIP_ARGS="--index-url ..." (for example PyTorch's index of CPU
 # builds; pip's own PIP_* environment variables work too), PYTEST_ARGS="-k name".
@@ -27,15 +28,17 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 
 export FASTL2O_WERROR := 1
 
-.PHONY: demo test bench lint format types wheel clean
+.PHONY: demo test build bench lint format types wheel clean
 
 demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
 
-test: lint types $(OPS_STAMP) $(CORE_STAMP)
+test: lint types build
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-bench: $(DEV_STAMP) $(OPS_STAMP) $(CORE_STAMP)
+build: $(OPS_STAMP) $(CORE_STAMP)
+
+bench: $(DEV_STAMP) build
 	$(BIN)/fastl2o bench
 
 lint: $(DEV_STAMP)

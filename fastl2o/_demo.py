@@ -43,7 +43,7 @@ class DemoSetting:
 
     steps: int = 200
     seeds: int = 5
-    tuning_seeds: int = 2
+    tuning_seeds: int = 3
     batch_size: int = 128
     hidden: int = 32
     activation: str = "sigmoid"
@@ -143,14 +143,16 @@ def run(
 
     Args:
         rules: learned rules by the name to report them under.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar, if stderr is a terminal.
     """
     setting = setting or DemoSetting()
     data = load_digits()
     trainings = len(rules) * setting.seeds + len(HAND_DESIGNED) * (
         len(setting.learning_rates) * setting.tuning_seeds + setting.seeds
     )
-    with tqdm(total=trainings, disable=not progress, desc="training runs", leave=False) as bar:
+    with tqdm(
+        total=trainings, disable=None if progress else True, desc="training runs", leave=False
+    ) as bar:
 
         def train(make: Any, seed: int) -> tuple[list[float], list[float], float]:
             bar.update()
@@ -210,7 +212,8 @@ def plot(results: list[Curves], setting: DemoSetting, path: Path) -> Path:
     for curves in results:
         learned = curves.learning_rate is None
         label = curves.name if learned else f"{curves.name}, lr {curves.learning_rate:.2g}"
-        mean, std = curves.train_loss.mean(1), curves.train_loss.std(1, correction=0)
+        mean = curves.train_loss.mean(1)
+        std = curves.train_loss.std(1) if setting.seeds > 1 else torch.zeros_like(mean)
         (line,) = axes.plot(setting.points, mean.tolist(), label=label, lw=2.5 if learned else 1.2)
         # The band stays above zero for the logarithmic axis.
         low = torch.maximum(mean - std, mean / 10)

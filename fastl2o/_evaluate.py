@@ -8,7 +8,7 @@ Coordinates do not interact in any of them, so R runs of a task advance as one `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -39,23 +39,29 @@ LEARNING_RATES = tuple(10.0 ** (k / 2) for k in range(-10, 3))
 """1e-5 to 10 in half decades: 13 values."""
 
 
-def _sgd(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+def _sgd(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=lr)
 
 
-def _nesterov(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+def _nesterov(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
 
 
-def _rmsprop(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+def _rmsprop(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(params, lr=lr)
 
 
-def _adam(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+def _adam(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=lr)
 
 
-HAND_DESIGNED: dict[str, Callable[[list[Tensor], float], torch.optim.Optimizer]] = {
+class BuildOptimizer(Protocol):
+    """Builds a hand-designed optimizer for parameters and a learning rate."""
+
+    def __call__(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer: ...
+
+
+HAND_DESIGNED: dict[str, BuildOptimizer] = {
     "SGD": _sgd,
     "Nesterov": _nesterov,
     "RMSprop": _rmsprop,
@@ -277,7 +283,7 @@ def compare(
     Args:
         task: a ``fastl2o.meta.tasks.Task``.
         rules: learned rules by the name to report them under; applied with ``lr=1``, untuned.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar, if stderr is a terminal.
 
     Example:
         >>> from fastl2o import LSTMRule, meta
@@ -290,7 +296,9 @@ def compare(
     trainings = len(rules) + len(HAND_DESIGNED) * (len(setting.learning_rates) + 1)
     # A seed far from the reported one; both are stated by the result, so it can be repeated.
     tuning_seed = setting.seed + 1_000_003
-    with tqdm(total=trainings, disable=not progress, desc="training runs", leave=False) as bar:
+    with tqdm(
+        total=trainings, disable=None if progress else True, desc="training runs", leave=False
+    ) as bar:
 
         def losses(make: MakeOptimizer, runs: int, seed: int) -> Tensor:
             bar.update()

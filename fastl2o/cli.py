@@ -27,9 +27,14 @@ TASKS = ("quadratic", "digits", "mnist")
 
 
 def _load_rules(names: list[str]) -> dict[str, Rule]:
-    from ._files import load
+    """Rules by the label shown in tables: shipped name, or file name if only one has it."""
+    from . import load
 
-    return {Path(name).stem if "/" in name else name: load(name) for name in names}
+    stems = [Path(name).stem for name in names]
+    return {
+        stem if stems.count(stem) == 1 else name: load(name)
+        for stem, name in zip(stems, names, strict=True)
+    }
 
 
 @app.command()
@@ -81,18 +86,23 @@ def train(
     """Meta-train a rule by a recipe, and save the one with the best validation score."""
     from dataclasses import asdict, replace
 
-    from . import __version__, meta
+    from . import __version__
+    from .meta.checkpoint import load_checkpoint
+    from .meta.recipe import build_trainer, load_recipe
 
-    loaded = meta.recipe.load_recipe(recipe)
-    changes = {"outer_steps": outer_steps, "seed": seed}
-    loaded = replace(loaded, **{key: value for key, value in changes.items() if value is not None})
+    loaded = load_recipe(recipe)
+    loaded = replace(
+        loaded,
+        outer_steps=loaded.outer_steps if outer_steps is None else outer_steps,
+        seed=loaded.seed if seed is None else seed,
+    )
     folder = out if out is not None else Path("runs") / loaded.name
-    exists = meta.checkpoint.load_checkpoint(folder) is not None
+    exists = load_checkpoint(folder) is not None
     if exists and not resume:
         raise RuntimeError(
             f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
         )
-    trainer = meta.recipe.build_trainer(loaded, data, checkpoint_dir=folder)
+    trainer = build_trainer(loaded, data, checkpoint_dir=folder)
     typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
     result = trainer.fit(loaded.outer_steps)
     card = {
@@ -233,8 +243,7 @@ def info() -> None:
     """Show version, build, backends, instruction sets and shipped rules."""
     from . import info as describe
 
-    for key, value in describe().items():
-        typer.echo(f"{key}: {value}")
+    typer.echo(str(describe()))
 
 
 def main() -> None:
@@ -242,7 +251,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        typer.echo(f"fastl2o: {type(error).__name__}: {error}", err=True)
+        typer.echo(f"fastl2o: {error}", err=True)
         raise SystemExit(1) from error
 
 
