@@ -1,9 +1,9 @@
 """Cell maths shared by the coordinate-wise rules, forward and hand-derived backward.
 
-Everything is plain torch and works on planes: a tensor of features is `(features, N)` with one column per coordinate,
-so weights multiply from the left and no transpose is needed. Gate order is i, f, g, o; in code the
-candidate is `cand`, so that "gradient" always means the optimizee's gradient. Source of the
-equations: arXiv 1606.04474 (rule), arXiv 1703.03633 (RNNprop).
+Everything is plain torch and works on planes: a tensor of features is `(features, N)` with one
+column per coordinate, so weights multiply from the left and no transpose is needed. Gate order is
+i, f, g, o; in code the candidate is `cand`, so that "gradient" always means the optimizee's
+gradient. Source of the equations: arXiv 1606.04474 (rule), arXiv 1703.03633 (RNNprop).
 
 LSTM cell, with W `(4H, in)`, U `(4H, H)`, b `(4H,)`:
 

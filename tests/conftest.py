@@ -1,0 +1,52 @@
+"""Fixtures for every test: seeds, threads, no forced backend, poisoned uninitialised memory."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "fastl2o", derandomize=True, deadline=None, max_examples=60, database=None
+)
+hypothesis.settings.load_profile("fastl2o")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (libraries under test may use the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTL2O_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what fastl2o allocates uninitialised with NaN, so that a read before a write shows."""
+
+    def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.split(".")[0] == "fastl2o" and tensor.is_floating_point():
+                with torch.no_grad():
+                    tensor.fill_(torch.nan)
+            return tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
