@@ -1,0 +1,29 @@
+"""Meta-training of rules: tasks, unrolls, gradient estimators and the trainer."""
+
+from . import tasks
+from .checkpoint import CheckpointError
+from .estimators import MetaGradient, TruncatedBPTT, unroll_gradient
+from .imitation import Imitation
+from .schedules import Curriculum, LRSchedule
+from .trainer import FitResult, MetaTrainer
+from .unroll import Progress, Window, run_window, start
+from .validation import Validation, run_losses
+
+__all__ = [
+    "CheckpointError",
+    "Curriculum",
+    "FitResult",
+    "Imitation",
+    "LRSchedule",
+    "MetaGradient",
+    "MetaTrainer",
+    "Progress",
+    "TruncatedBPTT",
+    "Validation",
+    "Window",
+    "run_losses",
+    "run_window",
+    "start",
+    "tasks",
+    "unroll_gradient",
+]

@@ -1,0 +1,197 @@
+"""Estimators of the meta-gradient: how the gradient of a run's losses reaches the rule's meta-parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .tasks._base import check_choice, check_number
+from .unroll import Progress, run_window, start
+
+if TYPE_CHECKING:
+    from ..rules import Rule
+    from .tasks import TaskRun
+
+__all__ = ["MetaGradient", "TruncatedBPTT", "unroll_gradient"]
+
+_OBJECTIVES = ("sum", "final", "log")
+# Added to losses under the logarithm: far below any loss of interest, and log stays finite at an exact zero.
+_LOG_EPS = 1e-8
+
+
+class MetaGradient(NamedTuple):
+    """One window's outcome."""
+
+    loss: Tensor  # 0-dim: the meta-loss, mean over the runs
+    gradient: Tensor  # (M,): its gradient, in the order of rule.flat_parameters()
+    losses: Tensor  # (T + 1, R): f_0 .. f_T of every run
+
+
+class TruncatedBPTT:
+    """Back-propagation through windows of ``unroll`` inner steps; the gradient is cut between windows.
+
+    The meta-loss of a window theta_0 .. theta_T is the mean over its R runs of
+
+    - ``"sum"``: f_1 + ... + f_T (f_0 does not depend on the rule within the window);
+    - ``"final"``: f_T alone;
+    - ``"log"``: the mean over t of log((f_t + 1e-8) / (f at the run's start + 1e-8)), which weighs late, small
+      losses as much as early, large ones and does not depend on the loss's scale.
+
+    Gradients that enter the rule are constants (the usual first-order choice), unless ``second_order``.
+
+    Args:
+        unroll: T, the inner steps of a window.
+        objective: which meta-loss, see above.
+        final_term: whether f_T, taken on the next window's first minibatch, counts. Without it the sums end at
+            f_{T-1}, and the window's last update gets no gradient, as in some published code.
+        path: ``"fused"`` is one ``unroll_backward`` call on the recorded gradients; ``"autograd"`` is the same
+            window through eager autograd and the reference step, the check and the baseline.
+        second_order: differentiate through the optimizee's gradients too; always takes the autograd path.
+
+    Example:
+        >>> import fastl2o
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> result = meta.TruncatedBPTT(unroll=5).window(rule, meta.start(rule, run))
+        >>> result.losses.shape, result.gradient.numel() == rule.num_meta_parameters
+        (torch.Size([6, 2]), True)
+    """
+
+    def __init__(
+        self,
+        unroll: int = 20,
+        objective: str = "sum",
+        final_term: bool = True,
+        path: str = "fused",
+        second_order: bool = False,
+    ) -> None:
+        check_number("unroll", unroll, minimum=1, integer=True)
+        check_choice("objective", objective, _OBJECTIVES)
+        check_choice("path", path, ("fused", "autograd"))
+        if not final_term and unroll == 1:
+            raise ValueError(
+                "unroll=1 with final_term=False leaves no loss that depends on the rule; use final_term=True"
+            )
+        self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
+        self.path = "autograd" if second_order else path
+        self.second_order = bool(second_order)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
+        names = ("unroll", "objective", "final_term", "path", "second_order")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return f"TruncatedBPTT({', '.join(f'{key}={value!r}' for key, value in self.config().items())})"
+
+    def window(
+        self,
+        rule: Rule,
+        progress: Progress,
+        steps: int | None = None,
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> MetaGradient:
+        """Advance ``progress`` by one window (``steps`` instead of ``unroll`` inner steps) and differentiate it."""
+        steps = self.unroll if steps is None else steps
+        if self.path == "autograd":
+            return self._autograd_window(rule, progress, steps, lr, weight_decay)
+        window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
+        loss = self.meta_loss(window.losses, progress.first_losses)
+        gradient, _ = ops.unroll_backward(
+            rule, window.grads, window.state, self.loss_weights(window.losses),
+            steps=steps, step=window.step, lr=lr, weight_decay=weight_decay,
+        )  # fmt: skip
+        return MetaGradient(loss, gradient, window.losses)
+
+    def _selected(self, steps: int) -> slice:
+        """The times t whose losses count, in 1..T."""
+        last = steps if self.final_term else steps - 1
+        return slice(last, last + 1) if self.objective == "final" else slice(1, last + 1)
+
+    def meta_loss(self, losses: Tensor, first_losses: Tensor) -> Tensor:
+        """The window's meta-loss, 0-dim, from ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
+        selected = losses[self._selected(losses.shape[0] - 1)]
+        if self.objective == "log":
+            return torch.log((selected + _LOG_EPS) / (first_losses + _LOG_EPS)).mean()
+        return selected.sum(dim=0).mean()
+
+    def loss_weights(self, losses: Tensor) -> Tensor:
+        """d meta-loss / d f_t, ``(T + 1, R)``: what weighs the recorded gradients in the fused backward pass."""
+        weights = torch.zeros_like(losses)
+        times = self._selected(losses.shape[0] - 1)
+        if self.objective == "log":
+            selected = losses[times]
+            weights[times] = 1.0 / ((selected + _LOG_EPS) * max(selected.numel(), 1))
+        else:
+            weights[times] = 1.0 / losses.shape[1]
+        return weights
+
+    def _autograd_window(
+        self, rule: Rule, progress: Progress, steps: int, lr: float, weight_decay: float
+    ) -> MetaGradient:
+        meta = rule.flat_parameters().detach().requires_grad_()
+        params, state, grads = progress.params.clone(), progress.state, progress.grads
+        losses = [progress.losses]
+        for t in range(steps):
+            update, state = rule.reference_step(grads, state, progress.step + t, meta)
+            params = (1.0 - lr * weight_decay) * params + lr * update
+            loss = progress.run.losses(params, progress.run.next_batch())
+            losses.append(loss)
+            (grads,) = torch.autograd.grad(
+                loss.sum(),
+                params,
+                retain_graph=True,
+                create_graph=self.second_order and t + 1 < steps,
+            )
+        all_losses = torch.stack(losses)
+        meta_loss = self.meta_loss(all_losses, progress.first_losses)
+        (gradient,) = torch.autograd.grad(meta_loss, meta, allow_unused=True)
+        progress.step += steps
+        progress.params.copy_(params.detach())
+        progress.state.copy_(state.detach())
+        progress.losses, progress.grads = all_losses[-1].detach().clone(), grads.detach().clone()
+        gradient = torch.zeros_like(meta) if gradient is None else gradient
+        return MetaGradient(meta_loss.detach(), gradient, all_losses.detach())
+
+
+def unroll_gradient(
+    rule: Rule,
+    task_run: TaskRun,
+    steps: int = 20,
+    *,
+    estimator: TruncatedBPTT | None = None,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One unroll's exact meta-gradient, for a meta-training loop of one's own.
+
+    The runs start at ``task_run.params``; minibatches are drawn from the run's generator.
+
+    Args:
+        rule: the rule; it is not changed, and no ``.grad`` is written.
+        task_run: what to train, from ``task.sample(num_runs, generator)``.
+        steps: T, the inner steps.
+        estimator: objective and path; ``TruncatedBPTT(steps)`` by default.
+        lr, weight_decay: of the inner steps.
+
+    Returns:
+        The gradient by parameter name, and the losses ``(T + 1, R)`` at theta_0 .. theta_T.
+
+    Example:
+        >>> import fastl2o
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> grads, losses = meta.unroll_gradient(rule, run, steps=5)
+        >>> sorted(grads) == sorted(name for name, _ in rule.named_parameters()), losses.shape
+        (True, torch.Size([6, 2]))
+    """
+    estimator = TruncatedBPTT(steps) if estimator is None else estimator
+    result = estimator.window(rule, start(rule, task_run), steps, lr=lr, weight_decay=weight_decay)
+    return rule.unflatten(result.gradient), result.losses

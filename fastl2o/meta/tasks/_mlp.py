@@ -1,0 +1,210 @@
+"""Classification by small multi-layer perceptrons, the standard optimizee of the learned-optimizer literature."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._base import Batch, Task, TaskRun, check_choice, check_num_runs, check_number, fork_generator
+from ._data import Images, load_images
+
+__all__ = ["MLPClassification"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+}
+_MODULES = {
+    "sigmoid": torch.nn.Sigmoid,
+    "relu": torch.nn.ReLU,
+    "elu": torch.nn.ELU,
+    "tanh": torch.nn.Tanh,
+}
+_SPLITS = ("train", "meta_train", "meta_valid", "test")
+
+
+class _MLPRun(TaskRun):
+    def __init__(
+        self, task: MLPClassification, tensors: dict[str, Tensor], generator: torch.Generator
+    ) -> None:
+        super().__init__(tensors, generator)
+        self.task = task
+        self.images, self.labels = task.examples()
+        self._pixels: Tensor | None = None
+
+    def next_batch(self) -> Batch:
+        shape = (self.num_runs, self.task.batch_size)
+        return (torch.randint(len(self.labels), shape, generator=self.generator),)
+
+    def gather(self, batch: Batch) -> Batch:
+        (indices,) = batch
+        shape = (*indices.shape, self.images.shape[1])
+        flat = indices.reshape(-1)
+        # The converted pixels live in one reused buffer: a fresh 3 MB allocation a step costs more than the copy.
+        if self._pixels is None or self._pixels.shape != shape:
+            self._pixels = torch.empty(shape, dtype=self.params.dtype)
+        pixels = self._pixels
+        pixels.view(len(flat), -1).copy_(self.images.index_select(0, flat))
+        return (
+            pixels.mul_(self.task.images.scale),
+            self.labels.index_select(0, flat).view(indices.shape),
+        )
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        # A graph may keep these pixels until its backward pass, so they get a buffer of their own.
+        self._pixels = None
+        losses = super().losses(params, batch)
+        self._pixels = None
+        return losses
+
+    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
+        pixels, labels = inputs
+        activation = _ACTIVATIONS[self.task.activation]
+        # One split, not four slices: its backward is one concatenation instead of four zero-padded (D,) sums.
+        pieces = iter(params.split(self.task.sizes))
+        hidden = pixels
+        for layer, (n_in, n_out) in enumerate(pairwise(self.task.widths)):
+            weight, bias = next(pieces).view(n_out, n_in), next(pieces)
+            hidden = F.linear(activation(hidden) if layer else hidden, weight, bias)
+        return F.cross_entropy(hidden, labels)
+
+
+class MLPClassification(Task):
+    """Cross-entropy of an MLP on minibatches of images, drawn uniformly with replacement at every evaluation.
+
+    Coordinates are laid out as the parameters of ``nn.Sequential(Linear, activation, Linear, ...)``: W1 (out, in)
+    row by row, b1, W2, b2 and so on (``module()`` gives that network).
+
+    Args:
+        data: ``"digits"`` (scikit-learn's 1,797 8x8 images), ``"mnist"`` (found by ``$FASTL2O_DATA``), or the path
+            of an MNIST .npz or of a directory that holds mnist.npz. Pixels are scaled to [0, 1].
+        hidden: width of each hidden layer.
+        activation: ``"sigmoid"``, ``"relu"``, ``"elu"`` or ``"tanh"``.
+        batch_size: images a minibatch.
+        init_scale: all weights and biases ~ N(0, init_scale^2); or ``"torch"``, ``nn.Linear``'s default.
+        split: images the runs train on: ``"train"`` all training images; ``"meta_train"`` the first ``fraction``
+            of them, ``"meta_valid"`` the rest (what ``held_out`` gives for ``"meta_train"``); ``"test"``.
+        fraction: share of the training images that is for meta-training.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data is not there or not MNIST.
+
+    Example:
+        >>> task = MLPClassification("digits", hidden=(20,), batch_size=32)
+        >>> task.dim
+        1510
+        >>> run = task.sample(2, torch.Generator().manual_seed(0))
+        >>> run.loss_and_grad(run.params, run.next_batch())[1].shape
+        torch.Size([2, 1510])
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] = "digits",
+        hidden: Sequence[int] = (20,),
+        activation: str = "sigmoid",
+        batch_size: int = 128,
+        init_scale: float | str = 0.01,
+        split: str = "meta_train",
+        fraction: float = 0.5,
+    ) -> None:
+        if isinstance(hidden, (str, int)):
+            raise TypeError(
+                f"hidden must be a sequence of layer widths such as (20,), got {hidden!r}"
+            )
+        for width in hidden:
+            check_number("hidden", width, minimum=1, integer=True)
+        check_choice("activation", activation, tuple(_ACTIVATIONS))
+        check_number("batch_size", batch_size, minimum=1, integer=True)
+        if isinstance(init_scale, str):
+            check_choice("init_scale", init_scale, ("torch",))
+        else:
+            check_number("init_scale", init_scale, minimum=0)
+        check_choice("split", split, _SPLITS)
+        check_number("fraction", fraction, minimum=0, exclusive=True)
+        if fraction >= 1:
+            raise ValueError(f"fraction must lie between 0 and 1 (both excluded), got {fraction!r}")
+        self.data, self.hidden, self.activation = os.fspath(data), tuple(hidden), activation
+        self.batch_size, self.init_scale, self.split, self.fraction = (
+            batch_size,
+            init_scale,
+            split,
+            fraction,
+        )
+        self.images: Images = load_images(data)
+        self.widths = (self.images.train_images.shape[1], *self.hidden, self.images.num_classes)
+        self.sizes = [
+            size for n_in, n_out in pairwise(self.widths) for size in (n_in * n_out, n_out)
+        ]
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates of one run."""
+        return sum(self.sizes)
+
+    def config(self) -> dict[str, Any]:
+        # The path of the images is where, not what: a checkpoint or card is the same wherever MNIST lies.
+        return {
+            "data": "digits" if self.data == "digits" else "mnist",
+            "hidden": list(self.hidden),
+            "activation": self.activation,
+            "batch_size": self.batch_size,
+            "init_scale": self.init_scale,
+            "split": self.split,
+            "fraction": self.fraction,
+        }
+
+    def with_options(self, **options: Any) -> MLPClassification:
+        """The same task with some constructor arguments changed."""
+        return MLPClassification(**{**self.config(), "data": self.data, **options})
+
+    def held_out(self) -> Task:
+        """The same task on images that meta-training does not see, where ``split`` is ``"meta_train"``."""
+        return self.with_options(split="meta_valid") if self.split == "meta_train" else self
+
+    def module(self) -> torch.nn.Sequential:
+        """The network that one run trains, for comparison with ordinary optimizers."""
+        layers: list[torch.nn.Module] = []
+        for n_in, n_out in pairwise(self.widths):
+            layers += [torch.nn.Linear(n_in, n_out), _MODULES[self.activation]()]
+        return torch.nn.Sequential(*layers[:-1])
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """Images ``(N, pixels)`` uint8 and labels ``(N,)`` of the split."""
+        if self.split == "test":
+            return self.images.test_images, self.images.test_labels
+        images, labels = self.images.train_images, self.images.train_labels
+        cut = round(len(labels) * self.fraction)
+        part = {"train": slice(None), "meta_train": slice(cut), "meta_valid": slice(cut, None)}[
+            self.split
+        ]
+        return images[part], labels[part]
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        check_num_runs(num_runs)
+        if isinstance(self.init_scale, str):
+            params = self._torch_init(num_runs, generator, dtype)
+        else:
+            params = (
+                torch.randn(num_runs, self.dim, generator=generator, dtype=dtype) * self.init_scale
+            )
+        return _MLPRun(self, {"params": params}, fork_generator(generator))
+
+    def _torch_init(self, num_runs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        # nn.Linear: weights and biases alike are U(-1, 1) / sqrt(n_in).
+        pieces = []
+        for n_in, n_out in pairwise(self.widths):
+            uniform = torch.rand(num_runs, (n_in + 1) * n_out, generator=generator, dtype=dtype)
+            pieces.append((2 * uniform - 1) / math.sqrt(n_in))
+        return torch.cat(pieces, dim=1)

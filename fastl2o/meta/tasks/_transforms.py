@@ -1,0 +1,146 @@
+"""Tasks made from tasks: the training tricks of RNNprop (Lv et al. 2017, section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base import Batch, Task, TaskRun, check_number, check_num_runs, fork_generator
+
+__all__ = ["RandomScaling", "WithConvex"]
+
+
+class _WrappedRun(TaskRun):
+    """A run around another: its batches are the inner run's, its state holds the inner one's."""
+
+    def __init__(
+        self, inner: TaskRun, tensors: dict[str, Tensor], generator: torch.Generator
+    ) -> None:
+        super().__init__(tensors, generator)
+        self.inner = inner
+
+    def next_batch(self) -> Batch:
+        return self.inner.next_batch()
+
+    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError("a wrapped run computes batched losses through its inner run")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.inner.load_state_dict(state["inner"])
+
+
+class _ScaledRun(_WrappedRun):
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        return self.inner.losses(params * self.tensors["scale"], batch)
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params * self.tensors["scale"], batch)
+        return losses, grads.mul_(self.tensors["scale"])
+
+
+class RandomScaling(Task):
+    """Per coordinate c = exp(U(-bound, bound)), drawn per run: optimise f(c * x) from x_0 / c.
+
+    The rule can then not rely on the size of gradients or parameters, only on how they change.
+
+    Args:
+        task: the task to rescale.
+        bound: r of the draw; 3 on the authors' MLP, 1 on their convex part.
+
+    Example:
+        >>> task = RandomScaling(Quadratic(dim=3), bound=1.0)
+        >>> task.sample(2, torch.Generator().manual_seed(0)).params.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, task: Task, bound: float = 3.0) -> None:
+        check_number("bound", bound, minimum=0)
+        self.task, self.bound = task, bound
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "bound": self.bound}
+
+    def held_out(self) -> Task:
+        """The task without the scaling: it is an augmentation, and selection looks at the real task."""
+        return self.task.held_out()
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        inner = self.task.sample(num_runs, generator, dtype)
+        uniform = torch.rand(inner.params.shape, generator=generator, dtype=dtype)
+        scale = torch.exp((2 * uniform - 1) * self.bound)
+        tensors = {"params": inner.params / scale, "scale": scale}
+        return _ScaledRun(inner, tensors, fork_generator(generator))
+
+
+_CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
+
+
+class _ConvexRun(_WrappedRun):
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        dim = self.inner.dim
+        scale, centre = self.tensors["scale"], self.tensors["centre"]
+        distance = (params[:, dim:] * scale - centre).square().clamp(max=_CLIP)
+        return self.inner.losses(params[:, :dim], batch) + distance.mean(dim=1)
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        dim = self.inner.dim
+        scale, centre = self.tensors["scale"], self.tensors["centre"]
+        inner_losses, inner_grads = self.inner.loss_and_grad(params[:, :dim].contiguous(), batch)
+        offset = params[:, dim:] * scale - centre
+        squares = offset.square()
+        losses = inner_losses + squares.clamp(max=_CLIP).mean(dim=1)
+        grads = torch.where(squares <= _CLIP, offset * scale * (2.0 / centre.shape[1]), 0.0)
+        return losses, torch.cat([inner_grads, grads], dim=1)
+
+
+class WithConvex(Task):
+    """The task's loss plus mean_i clip((c_i x_i - a_i)^2, 0, 10) over ``num`` extra coordinates.
+
+    a ~ U(-1, 1) per run, x_0 = 0; the extra coordinates follow the task's own in the flat vector. The gradient is
+    zero where the clip is active.
+
+    Args:
+        task: the task to extend.
+        num: number of extra coordinates.
+        bound: random scaling of the extra coordinates, c = exp(U(-bound, bound)); the authors use 1, 0 is none.
+
+    Example:
+        >>> task = WithConvex(Quadratic(dim=3), num=20)
+        >>> task.sample(2, torch.Generator().manual_seed(0)).dim
+        23
+    """
+
+    def __init__(self, task: Task, num: int = 20, bound: float = 0.0) -> None:
+        check_number("num", num, minimum=1, integer=True)
+        check_number("bound", bound, minimum=0)
+        self.task, self.num, self.bound = task, num, bound
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "num": self.num, "bound": self.bound}
+
+    def held_out(self) -> Task:
+        """The task without the convex part, which is an augmentation."""
+        return self.task.held_out()
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        check_num_runs(num_runs)
+        inner = self.task.sample(num_runs, generator, dtype)
+        centre = 2 * torch.rand(num_runs, self.num, generator=generator, dtype=dtype) - 1
+        uniform = torch.rand(num_runs, self.num, generator=generator, dtype=dtype)
+        start = torch.cat([inner.params, torch.zeros_like(centre)], dim=1)
+        tensors = {
+            "params": start,
+            "centre": centre,
+            "scale": torch.exp((2 * uniform - 1) * self.bound),
+        }
+        return _ConvexRun(inner, tensors, fork_generator(generator))

@@ -1,0 +1,407 @@
+"""Meta-training: the outer loop that trains a rule on runs of tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._groups import Group, GroupStarter
+from .checkpoint import LOG, TrainingLog, load_checkpoint, save_checkpoint
+from .estimators import MetaGradient, TruncatedBPTT
+from .imitation import Imitation
+from .schedules import Horizon, LRSchedule, as_horizon, longest
+from .tasks import Task
+from .tasks._base import check_number
+from .validation import Validation
+
+if TYPE_CHECKING:
+    from ..rules import Rule
+
+__all__ = ["FitResult", "MetaTrainer"]
+
+_COLUMNS = (
+    "outer_step", "task", "inner_step", "horizon", "imitation", "meta_loss", "first_loss", "last_loss",
+    "gradient_norm", "lr", "skipped", "validation", "seconds",
+)  # fmt: skip
+# So many skipped updates in a row mean that the rule, not one unlucky run, is broken.
+_MAX_SKIPPED_IN_A_ROW = 100
+
+
+class FitResult(NamedTuple):
+    """What ``MetaTrainer.fit`` did."""
+
+    outer_steps: int  # meta-updates done since the start of training, skipped ones included
+    best_step: (
+        int | None
+    )  # outer step of the best validation so far; None if there was no validation
+    best_score: float  # its score; infinity if there was none
+    last_score: float  # score of the last validation
+    meta_loss: float  # meta-loss of the last window
+    skipped: int  # updates skipped for non-finite losses or gradients
+    seconds: float  # wall time of this call
+
+
+class MetaTrainer:
+    """Trains a rule's meta-parameters on tasks. One outer step is one window of one batch of runs, and one update.
+
+    A batch of runs is carried from window to window until its horizon; then new runs are drawn. A window whose
+    losses or meta-gradient are not finite is not used: the update is skipped and counted, and new runs are drawn.
+
+    Everything random comes from ``seed``. With a ``checkpoint_dir`` the whole training state is saved, and the same
+    training started again after a kill continues to the same bits as one that was never interrupted.
+
+    Args:
+        rule: the rule; its parameters are trained in place.
+        tasks: what to train on; every new batch of runs is of one of them.
+        estimator: how a window becomes a meta-gradient; ``TruncatedBPTT()`` by default.
+        horizon: inner steps of a run: an int, a (low, high) pair drawn log-uniformly for each batch of runs, a
+            ``Curriculum`` or the list of its (first outer step, horizon) stages.
+        optimizer: a ``torch.optim`` optimizer over ``rule.parameters()``; Adam at 1e-3 by default.
+        seed: of tasks, runs and minibatches. Initialise the rule with a generator of your own.
+        runs: R, the runs of a batch; they share every kernel call.
+        groups: batches of runs in flight, one window each in turn; more of them make successive updates less alike.
+        clip_grad: largest 2-norm of the meta-gradient; None for no limit.
+        schedule: factor on the optimizer's rates by outer step, such as ``LRSchedule("cosine", total=1000)``.
+        task_weights: relative frequency of each task.
+        validation: when and how to score the rule; None for never (there is then no best-so-far selection).
+        imitation: mix in imitation of Adam; it has its own copy of the optimizer, as in the paper's code.
+        divergence: a run whose loss exceeds this factor times its first loss counts as non-finite; None to allow it.
+        checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
+        checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Example:
+        >>> import fastl2o
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1, preprocess="identity")
+        >>> trainer = meta.MetaTrainer(rule, tasks=[meta.tasks.Quadratic(dim=3)], horizon=20,
+        ...                            estimator=meta.TruncatedBPTT(unroll=5), progress=False)
+        >>> trainer.fit(outer_steps=4).outer_steps
+        4
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        tasks: Sequence[Task],
+        estimator: TruncatedBPTT | None = None,
+        horizon: Any = 100,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+        *,
+        runs: int = 8,
+        groups: int = 1,
+        clip_grad: float | None = None,
+        schedule: LRSchedule | Callable[[int], float] | None = None,
+        task_weights: Sequence[float] | None = None,
+        validation: Validation | None = None,
+        imitation: Imitation | None = None,
+        divergence: float | None = 1e6,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 500,
+        progress: bool | None = None,
+    ) -> None:
+        self.rule, self.tasks = rule, _check_tasks(tasks)
+        for name, value in (
+            ("runs", runs),
+            ("groups", groups),
+            ("checkpoint_every", checkpoint_every),
+        ):
+            check_number(name, value, minimum=1, integer=True)
+        for name, limit in (("clip_grad", clip_grad), ("divergence", divergence)):
+            if limit is not None:
+                check_number(name, limit, minimum=0, exclusive=True)
+        check_number("seed", seed, minimum=0, integer=True)
+        self.estimator = TruncatedBPTT() if estimator is None else estimator
+        self.horizon: Horizon = as_horizon(horizon)
+        self.optimizer = (
+            torch.optim.Adam(rule.parameters(), lr=1e-3) if optimizer is None else optimizer
+        )
+        _check_optimizer(self.optimizer, rule)
+        self.seed, self.clip_grad, self.schedule, self.divergence = (
+            seed,
+            clip_grad,
+            schedule,
+            divergence,
+        )
+        self.validation, self.imitation = validation, imitation
+        self.progress, self.checkpoint_every = progress, checkpoint_every
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self._imitation_optimizer = (
+            None
+            if imitation is None
+            else type(self.optimizer)(rule.parameters(), **self.optimizer.defaults)
+        )
+        self._base_lrs = [[group["lr"] for group in opt.param_groups] for opt in self._optimizers()]
+        self._dtype = next(rule.parameters()).dtype
+        weights = _check_weights(task_weights, len(self.tasks))
+        self._starter = GroupStarter(
+            self.tasks, weights, runs, self.horizon, imitation, self._dtype
+        )
+        self._generator = torch.Generator().manual_seed(seed)
+        self._groups: list[Group | None] = [None] * groups
+        self._log = TrainingLog(
+            None if self.checkpoint_dir is None else self.checkpoint_dir / LOG, _COLUMNS
+        )
+        self.outer_step, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self.best_score, self.last_score = math.inf, math.inf
+        self.best_step: int | None = None
+        self._best_parameters: dict[str, Tensor] | None = None
+        self._started = False
+
+    @property
+    def best_rule(self) -> Rule:
+        """A copy of the rule at its best validation so far, or as it is where none was made."""
+        from ..rules import from_config
+
+        best = from_config(self.rule.family, self.rule.config()).to(self._dtype)
+        best.load_state_dict(
+            self.rule.state_dict() if self._best_parameters is None else self._best_parameters
+        )
+        return best
+
+    def fit(self, outer_steps: int) -> FitResult:
+        """Train until ``outer_steps`` outer steps are done, counted from the start of training.
+
+        A second call with a larger number goes on from where the first ended. A checkpoint in ``checkpoint_dir``
+        is picked up by the first call.
+
+        Raises:
+            CheckpointError: if a checkpoint can be neither read nor written.
+            ValueError: if the checkpoint in ``checkpoint_dir`` is of another training.
+            RuntimeError: after 100 skipped updates in a row.
+            FloatingPointError: never; non-finite windows are skipped and counted.
+        """
+        check_number("outer_steps", outer_steps, minimum=0, integer=True)
+        begun = time.perf_counter()
+        if not self._started:
+            self._resume()
+            self._started = True
+        meta_loss = math.nan
+        with tqdm(
+            total=max(outer_steps, self.outer_step), initial=self.outer_step, unit="step", desc="meta-training",
+            disable=None if self.progress is None else not self.progress,
+        ) as bar:  # fmt: skip
+            while self.outer_step < outer_steps:
+                meta_loss = self._outer_step(outer_steps, begun)
+                last = self.last_score if math.isfinite(self.last_score) else None
+                bar.set_postfix(
+                    loss=f"{meta_loss:.4g}", score=last, best=self.best_step, refresh=False
+                )
+                bar.update()
+        return FitResult(
+            self.outer_step, self.best_step, self.best_score, self.last_score, meta_loss, self.skipped,
+            time.perf_counter() - begun,
+        )  # fmt: skip
+
+    def _outer_step(self, outer_steps: int, begun: float) -> float:
+        """One window, one update, and what is due after it; returns the meta-loss."""
+        slot = self.outer_step % len(self._groups)
+        group = self._groups[slot]
+        if group is None or group.finished:
+            group = self._starter.start(self.rule, self.outer_step, self._generator)
+        result = group.advance(self.rule, self.estimator, self.imitation)
+        norm = float(torch.linalg.vector_norm(result.gradient))
+        usable = self._usable(result, group, norm)
+        factor = 1.0 if self.schedule is None else self.schedule(self.outer_step)
+        if usable:
+            self._update(result.gradient, norm, factor, imitating=group.moments is not None)
+        self._groups[slot] = group if usable else None
+        self._skipped_in_a_row = 0 if usable else self._skipped_in_a_row + 1
+        self.skipped += not usable
+        self.outer_step += 1
+        score = self._validate()
+        row = self._row(group, result, norm, factor, score)
+        self._log.append({**row, "seconds": f"{time.perf_counter() - begun:.3f}"})
+        due = self.outer_step % self.checkpoint_every == 0 or self.outer_step == outer_steps
+        if self.checkpoint_dir is not None and due:
+            save_checkpoint(self.checkpoint_dir, self.state_dict())
+        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged losses, up to outer "
+                f"step {self.outer_step}; lower the optimizer's lr or set clip_grad. best_rule is still usable"
+            )
+        return float(result.loss)
+
+    def _usable(self, result: MetaGradient, group: Group, norm: float) -> bool:
+        if not (
+            math.isfinite(norm)
+            and bool(torch.isfinite(result.losses).all())
+            and math.isfinite(float(result.loss))
+        ):
+            return False
+        if self.divergence is None:
+            return True
+        # The added 1 keeps runs that happen to start at a tiny loss from counting as diverged.
+        bound = self.divergence * (group.progress.first_losses + 1.0)
+        return bool((result.losses[-1] <= bound).all())
+
+    def _update(self, gradient: Tensor, norm: float, factor: float, *, imitating: bool) -> None:
+        if self.clip_grad is not None and norm > self.clip_grad:
+            gradient = gradient * (self.clip_grad / norm)
+        pieces = self.rule.unflatten(gradient)
+        for name, parameter in self.rule.named_parameters():
+            parameter.grad = pieces[name].clone()
+        which = 1 if imitating else 0
+        optimizer = self._optimizers()[which]
+        for group, base in zip(optimizer.param_groups, self._base_lrs[which], strict=True):
+            group["lr"] = base * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return (
+            [self.optimizer]
+            if self._imitation_optimizer is None
+            else [self.optimizer, self._imitation_optimizer]
+        )
+
+    def _validate(self) -> float | None:
+        if self.validation is None or self.outer_step % self.validation.every != 0:
+            return None
+        score = self.validation.score(self.rule, self.tasks, longest(self.horizon), self._dtype)
+        self.last_score = score
+        if score < self.best_score:
+            self.best_score, self.best_step = score, self.outer_step
+            self._best_parameters = {
+                k: v.detach().clone() for k, v in self.rule.state_dict().items()
+            }
+        return score
+
+    def _row(
+        self, group: Group, result: MetaGradient, norm: float, factor: float, score: float | None
+    ) -> dict[str, Any]:
+        return {
+            "outer_step": self.outer_step,
+            "task": group.task,
+            "inner_step": group.progress.step,
+            "horizon": group.horizon,
+            "imitation": int(group.moments is not None),
+            "meta_loss": float(result.loss),
+            "first_loss": float(result.losses[0].mean()),
+            "last_loss": float(result.losses[-1].mean()),
+            "gradient_norm": norm,
+            "lr": self._base_lrs[0][0] * factor,
+            "skipped": self.skipped,
+            "validation": "" if score is None else score,
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued, JSON-able."""
+        schedule = (
+            repr(self.schedule)
+            if isinstance(self.schedule, LRSchedule)
+            else str(self.schedule is not None)
+        )
+        return {
+            "rule": [self.rule.family, self.rule.config()],
+            "tasks": [
+                [repr(task), float(w)]
+                for task, w in zip(self.tasks, self._starter.weights, strict=True)
+            ],
+            "estimator": repr(self.estimator),
+            "horizon": repr(self.horizon),
+            "optimizer": [type(self.optimizer).__name__, self._base_lrs],
+            "seed": self.seed,
+            "runs": self._starter.runs,
+            "groups": len(self._groups),
+            "clip_grad": self.clip_grad,
+            "divergence": self.divergence,
+            "schedule": schedule,
+            "validation": None if self.validation is None else self.validation.config(),
+            "imitation": None if self.imitation is None else self.imitation.config(),
+            "dtype": str(self._dtype),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole training state: tensors, numbers and text, as ``torch.save`` and ``weights_only`` like them."""
+        names = (
+            "outer_step",
+            "skipped",
+            "_skipped_in_a_row",
+            "best_score",
+            "last_score",
+            "best_step",
+        )
+        return {
+            "fingerprint": json.dumps(self.fingerprint()),
+            "rule": self.rule.state_dict(),
+            "best": self._best_parameters,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers()],
+            "generator": self._generator.get_state(),
+            "groups": [None if group is None else group.state_dict() for group in self._groups],
+            "counters": {name: getattr(self, name) for name in names},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the training that ``state`` was saved from.
+
+        Raises:
+            ValueError: if it was another training; the message lists what differs.
+        """
+        ours, theirs = json.loads(json.dumps(self.fingerprint())), json.loads(state["fingerprint"])
+        different = [
+            f"{key}: here {ours.get(key)!r}, saved {theirs.get(key)!r}"
+            for key in ours
+            if ours[key] != theirs.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"the checkpoint is of another training ({'; '.join(different)}); "
+                "give the saved settings, or choose another checkpoint_dir"
+            )
+        self.rule.load_state_dict(state["rule"])
+        self._best_parameters = state["best"]
+        for optimizer, saved in zip(self._optimizers(), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._generator.set_state(state["generator"])
+        self._groups = [
+            None if saved is None else self._starter.restore(saved) for saved in state["groups"]
+        ]
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+
+    def _resume(self) -> None:
+        if self.checkpoint_dir is None:
+            return
+        saved = load_checkpoint(self.checkpoint_dir)
+        if saved is not None:
+            self.load_state_dict(saved)
+        self._log.open_at(self.outer_step)
+
+
+def _check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    if isinstance(tasks, Task) or not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise TypeError(
+            f"tasks must be a sequence of at least one fastl2o.meta.tasks.Task, got {tasks!r}"
+        )
+    return tuple(tasks)
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> Tensor:
+    if weights is None:
+        return torch.ones(count)
+    if len(weights) != count:
+        raise ValueError(
+            f"task_weights must hold one number for each of the {count} tasks, got {list(weights)!r}"
+        )
+    for weight in weights:
+        check_number("task_weights", weight, minimum=0, exclusive=True)
+    return torch.tensor([float(weight) for weight in weights])
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for p in rule.parameters()}:
+        raise ValueError(
+            "optimizer must hold exactly rule.parameters(); build it as torch.optim.Adam(rule.parameters(), lr=...)"
+        )

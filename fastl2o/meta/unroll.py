@@ -1,0 +1,113 @@
+"""Inner training under a rule, window by window, with the gradients kept for the meta-gradient.
+
+A window of T steps visits theta_0 .. theta_T. Loss and gradient at theta_T are evaluated at the end of the window
+(on a minibatch of their own) and carried over: they close this window's meta-gradient and are the next window's
+first input, so that no evaluation of the optimizee is spent on the meta-gradient alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+if TYPE_CHECKING:
+    from ..rules import Rule
+    from .tasks import TaskRun
+
+__all__ = ["Progress", "Window", "run_window", "start"]
+
+
+@dataclass
+class Progress:
+    """Where R runs stand: everything that one window hands to the next.
+
+    Attributes:
+        run: the runs' task, data and generator.
+        params: current parameters ``(R, D)``, stepped in place.
+        state: the rule's state ``(S, R, D)``, stepped in place.
+        step: number of inner steps taken.
+        losses: f at ``params`` ``(R,)``; with ``grads`` the evaluation that the next step uses.
+        grads: gradient at ``params`` ``(R, D)``.
+        first_losses: f at the initial parameters ``(R,)``.
+    """
+
+    run: TaskRun
+    params: Tensor
+    state: Tensor
+    step: int
+    losses: Tensor
+    grads: Tensor
+    first_losses: Tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        names = ("params", "state", "step", "losses", "grads", "first_losses")
+        return {"run": self.run.state_dict(), **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def from_state_dict(cls, run: TaskRun, saved: dict[str, Any]) -> Progress:
+        """Put a saved position back; ``run`` is any run of the same task, with as many runs."""
+        run.load_state_dict(saved["run"])
+        names = ("params", "state", "losses", "grads", "first_losses")
+        return cls(
+            run=run, step=int(saved["step"]), **{name: saved[name].clone() for name in names}
+        )
+
+
+class Window(NamedTuple):
+    """The record of T inner steps of R runs."""
+
+    grads: Tensor  # (T + 1, R, D): g_0 .. g_T
+    losses: Tensor  # (T + 1, R): f_0 .. f_T
+    state: Tensor  # (S, R, D): the rule's state before the window
+    step: int  # inner steps taken before the window
+
+
+def start(rule: Rule, run: TaskRun) -> Progress:
+    """Begin the runs: zero state, and the first evaluation at the initial parameters."""
+    params = run.params.clone(memory_format=torch.contiguous_format)
+    losses, grads = run.loss_and_grad(params, run.next_batch())
+    state = rule.init_state(params, dtype=params.dtype)
+    return Progress(run, params, state, 0, losses, grads, losses.clone())
+
+
+def run_window(
+    rule: Rule, progress: Progress, steps: int, *, lr: float = 1.0, weight_decay: float = 0.0
+) -> Window:
+    """Advance ``progress`` by ``steps`` inner steps, in place, and return what the meta-gradient needs.
+
+    Each step is one ``ops.step_`` on the ``(R, D)`` tensor. Non-finite gradients are passed on: the caller sees
+    them in the losses and decides.
+
+    Args:
+        rule: the rule that takes the steps; no graph is built.
+        progress: where the runs stand; advanced in place.
+        steps: T, at least 1.
+        lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    params, state = progress.params, progress.state
+    grads = params.new_empty((steps + 1, *params.shape))
+    losses = progress.losses.new_empty((steps + 1, params.shape[0]))
+    grads[0], losses[0] = progress.grads, progress.losses
+    window = Window(grads, losses, state.clone(), progress.step)
+    # ops.step_ counts the steps of rules that correct their averages for bias.
+    counters = [torch.tensor(float(progress.step))] if rule.needs_step else None
+    with torch.no_grad():
+        for t in range(steps):
+            ops.step_(
+                rule, [params], [grads[t]], [state], counters,
+                lr=lr, weight_decay=weight_decay, maximize=False, nonfinite="pass",
+            )  # fmt: skip
+            losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
+                params, progress.run.next_batch()
+            )
+    progress.step += steps
+    progress.losses, progress.grads = losses[steps].clone(), grads[steps].clone()
+    return window
