@@ -276,13 +276,19 @@ class Setting:
 
 
 def compare(
-    task: Task, rules: Mapping[str, Rule], setting: Setting | None = None, *, progress: bool = False
+    task: Task,
+    rules: Mapping[str, Rule],
+    setting: Setting | None = None,
+    *,
+    hand_designed: Mapping[str, BuildOptimizer] = HAND_DESIGNED,
+    progress: bool = False,
 ) -> Comparison:
-    """Compare rules with every optimizer of ``HAND_DESIGNED``, each at its best learning rate.
+    """Compare rules with hand-designed optimizers, each of these at its best learning rate.
 
     Args:
         task: a ``fastl2o.meta.tasks.Task``.
         rules: learned rules by the name to report them under; applied with ``lr=1``, untuned.
+        hand_designed: the optimizers to compare with; ``{}`` for none.
         progress: show a progress bar, if stderr is a terminal.
 
     Example:
@@ -293,7 +299,9 @@ def compare(
         ['untrained', 'SGD', 'Nesterov', 'RMSprop', 'Adam']
     """
     setting = setting or Setting()
-    trainings = len(rules) + len(HAND_DESIGNED) * (len(setting.learning_rates) + 1)
+    if not rules and not hand_designed:
+        raise ValueError("nothing to compare: give rules, hand_designed optimizers, or both")
+    trainings = len(rules) + len(hand_designed) * (len(setting.learning_rates) + 1)
     # A seed far from the reported one; both are stated by the result, so it can be repeated.
     tuning_seed = setting.seed + 1_000_003
     with tqdm(
@@ -305,7 +313,7 @@ def compare(
             return train_losses(task, make, horizon=setting.horizon, runs=runs, seed=seed)
 
         rows = []
-        for name, build in HAND_DESIGNED.items():
+        for name, build in hand_designed.items():
             scores = {
                 lr: setting.tuning_score(
                     losses(partial(build, lr=lr), setting.tuning_runs, tuning_seed)
@@ -316,10 +324,8 @@ def compare(
             rows.append(
                 _row(name, lr, losses(partial(build, lr=lr), setting.runs, setting.seed), setting)
             )
-        best = {
-            column: min((row.values[column].mean for row in rows), key=_nan_last)
-            for column in rows[0].values
-        }
+        columns = rows[0].values if rows else {}
+        best = {c: min((row.values[c].mean for row in rows), key=_nan_last) for c in columns}
         learned = []
         for name, rule in rules.items():
             make = partial(LearnedOptimizer, rule=rule, nonfinite="pass")

@@ -137,6 +137,9 @@ def evaluate(
     criterion: Annotated[
         str, typer.Option(help="Learning rates by the 'sum' of losses or by the 'final' loss.")
     ] = "sum",
+    baselines: Annotated[
+        bool, typer.Option(help="Tune and run the hand-designed optimizers too.")
+    ] = True,
     step: Annotated[
         list[int] | None, typer.Option(help="Report the loss after this many; repeatable.")
     ] = None,
@@ -158,7 +161,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
 ) -> None:
     """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
-    from ._evaluate import Setting, compare
+    from ._evaluate import HAND_DESIGNED, Setting, compare
 
     widths = None if hidden is None else _parse_widths(hidden)
     options = {
@@ -179,7 +182,13 @@ def evaluate(
         steps=tuple(step or ()),
     )
     chosen = _make_task(task, {key: value for key, value in options.items() if value is not None})
-    comparison = compare(chosen, _load_rules(rules), setting, progress=not as_json)
+    comparison = compare(
+        chosen,
+        _load_rules(rules),
+        setting,
+        hand_designed=HAND_DESIGNED if baselines else {},
+        progress=True,
+    )
     document = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,169 @@
+"""The command line: each command on a tiny case, and its errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastl2o
+from fastl2o import cli
+
+RECIPE = """
+name = "tiny"
+description = "two outer steps, for tests"
+outer_steps = 2
+seed = 3
+
+[rule]
+family = "lstm"
+hidden_size = 3
+num_layers = 1
+preprocess = "identity"
+
+[[tasks]]
+kind = "quadratic"
+dim = 3
+
+[estimator]
+unroll = 2
+
+[trainer]
+horizon = 4
+runs = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rule_file(tmp_path: Path) -> Path:
+    path = tmp_path / "adam-like.safetensors"
+    fastl2o.RNNPropRule.as_adam(0.01).save(path)
+    return path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_info_names_version_and_backends() -> None:
+    text = run("info")
+    assert fastl2o.__version__ in text
+    assert "reference" in text
+
+
+def test_train_saves_a_rule_with_its_recipe(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "best rule" in run("train", recipe, "--out", out)
+    rule = fastl2o.load(out / "tiny.safetensors")
+    assert rule.config()["hidden_size"] == 3
+    assert rule.card["recipe"]["seed"] == 3
+    assert rule.card["trained"]["outer_steps"] == 2
+
+
+def test_train_resumes_to_the_same_rule_as_without_a_break(recipe: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train", recipe, "--out", whole, "--outer-steps", 4)
+    run("train", recipe, "--out", broken)
+    with pytest.raises(RuntimeError, match="--resume"):
+        run("train", recipe, "--out", broken)
+    run("train", recipe, "--out", broken, "--resume", "--outer-steps", 4)
+    rules = [fastl2o.load(folder / "tiny.safetensors") for folder in (whole, broken)]
+    assert torch.equal(*(rule.flat_parameters() for rule in rules))
+
+
+def test_train_seed_changes_the_rule(recipe: Path, tmp_path: Path) -> None:
+    run("train", recipe, "--out", tmp_path / "a", "--seed", 1)
+    run("train", recipe, "--out", tmp_path / "b", "--seed", 2)
+    rules = [fastl2o.load(tmp_path / name / "tiny.safetensors") for name in "ab"]
+    assert not torch.equal(*(rule.flat_parameters() for rule in rules))
+
+
+def test_eval_prints_json_and_writes_the_same(rule_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "result.json"
+    text = run(
+        "eval", rule_file, "--horizon", 6, "--seeds", 2, "--tuning-seeds", 2, "--dim", 3, "--step",
+        3, "--json", "--out", out,
+    )  # fmt: skip
+    result = json.loads(text)
+    assert result == json.loads(out.read_text("utf-8"))
+    assert result["task"].startswith("Quadratic(dim=3")
+    assert len(result["learning_rates"]) == 13
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["adam-like", "SGD", "Nesterov", "RMSprop", "Adam"]
+    assert list(result["rows"][0]["values"]) == ["step 3", "sum of 6", "last 1"]
+    assert result["rows"][0]["ratios"]["step 3"] > 0
+
+
+def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
+    text = run(
+        "eval", rule_file, "--task", "digits", "--horizon", 2, "--seeds", 2, "--hidden", "4,3",
+        "--activation", "relu", "--init-scale", "torch", "--no-baselines",
+    )  # fmt: skip
+    assert "hidden=[4, 3]" in text
+    assert "split='meta_valid'" in text
+    assert "adam-like" in text
+    assert "SGD" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "cifar"], "--task must be one of quadratic, digits, mnist; got 'cifar'"),
+        (["--hidden", "20"], "--task quadratic has no use for --hidden"),
+        (["--task", "digits", "--data", "x.npz", "--dim", "3"], "--data, --dim"),
+        (["--task", "digits", "--hidden", "many"], "--hidden takes widths"),
+        (["--criterion", "best"], "criterion must be 'sum' or 'final'"),
+        (["--step", "101"], r"steps must lie in 0\.\.100"),
+        (["--task", "mnist", "--data", "/nowhere/mnist.npz"], "/nowhere/mnist.npz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_eval_refuses(arguments: list[str], message: str, rule_file: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("eval", rule_file, *arguments)
+
+
+def test_demo_prints_a_table_and_saves_the_picture(rule_file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "pictures" / "demo.png"
+    text = run("demo", "--rule", rule_file, "--steps", 3, "--seeds", 2, "--out", picture)
+    for name in ("adam-like", "SGD", "Nesterov", "RMSprop", "Adam", "test accuracy"):
+        assert name in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_without_shipped_rules_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr("fastl2o.zoo.names", list)
+    with pytest.raises(RuntimeError, match="fastl2o train"):
+        run("demo")
+
+
+def test_bench_outside_a_source_tree_says_where_it_is(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastl2o" / "cli.py"))
+    with pytest.raises(RuntimeError, match="make bench"):
+        run("bench")
+
+
+def test_main_prints_expected_errors_on_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastl2o", "train", "no-such-recipe"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastl2o: ")
+    assert "no-such-recipe" in error
+    assert "Traceback" not in error
