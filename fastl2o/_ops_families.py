@@ -115,9 +115,9 @@ def _maths_dtype(state: Tensor) -> torch.dtype:
 
 
 def _define_step_(signature: _Signature) -> Any:
-    steps = "Tensor(c!)[] steps, " if signature.needs_step else ""
+    steps = "Tensor(d!)[] steps, " if signature.needs_step else ""
     schema = (
-        f"(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {steps}Tensor meta, "
+        f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, {steps}Tensor meta, "
         f"{signature.schema}, float lr, "
         "float weight_decay, bool maximize, int nonfinite, Tensor? grad_scale=None, Tensor? "
         "found_inf=None) -> ()"

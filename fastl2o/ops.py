@@ -136,8 +136,8 @@ def step_(
             found_inf,
         )
     # A kernel writes through raw pointers: autograd must learn that tensors saved for a backward
-    # have changed.
-    torch.autograd.graph.increment_version([tensor for part in lists for tensor in part])
+    # have changed. Gradients and step counters are in no graph.
+    torch.autograd.graph.increment_version([*params, *states])
 
 
 def step(

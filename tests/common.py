@@ -142,6 +142,37 @@ def random_state(
     return state.to(dtype)
 
 
+class Lists:
+    """Parameters, gradients, states and steps of a rule, over all shapes."""
+
+    def __init__(
+        self, rule: Rule, kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+        self.grads = [tricky_gradients(kind, shape, generator, dtype) for shape in SHAPES]
+        self.states = [random_state(rule, shape, generator) for shape in SHAPES]
+        self.steps = [torch.tensor(float(k)) for k in range(len(SHAPES))]
+
+    def all(self) -> list[Tensor]:
+        return [*self.params, *self.grads, *self.states, *self.steps]
+
+    def copy(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.all()]
+
+    def run(self, rule: Rule, **options: object) -> None:
+        fastl2o.ops.step_(rule, self.params, self.grads, self.states, self.steps, **options)
+
+
+def same_bits(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Equal to the last bit, NaN included."""
+    return all(_bits(a) == _bits(b) for a, b in zip(left, right, strict=True))
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
 class Window(NamedTuple):
     """The recorded inputs of one unroll."""
 

@@ -1,0 +1,117 @@
+"""The functional step and the unroll backward: values, derivatives, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastl2o
+from fastl2o import _ops_reference, ops
+from fastl2o.rules import LSTMRule, RNNPropRule
+from tests.common import (
+    RuleCase,
+    assert_as_accurate,
+    autograd_unroll,
+    over_backends,
+    over_rules,
+    over_small_rules,
+    random_state,
+    random_window,
+    relative_error,
+    tricky_gradients,
+)
+
+
+@over_backends
+@over_rules
+def test_functional_step_and_its_gradient(case: RuleCase, backend: str) -> None:
+    rule, exact_rule = case.make(), case.make(torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    grad = tricky_gradients("normal", (25, 40), generator)
+    state = random_state(rule, (25, 40), generator)
+    upstream = (torch.randn(25, 40), torch.randn(state.shape))
+    results = {}
+    for name, made, dtype in (
+        (backend, rule, torch.float32),
+        ("plain", rule, torch.float32),
+        ("exact", exact_rule, torch.float64),
+    ):
+        inputs = [part.to(dtype).requires_grad_() for part in (grad, state, made.flat_parameters())]
+        inputs = [part.detach().requires_grad_() for part in inputs]
+        with fastl2o.backend(backend if name == backend else "reference"):
+            outputs = ops.step(made, inputs[0], inputs[1], 3, inputs[2])
+        gradients = torch.autograd.grad(outputs, inputs, [part.to(dtype) for part in upstream])
+        results[name] = (*outputs, *gradients)
+    names = ("update", "new state", "d_grad", "d_state", "d_meta")
+    for what, *values in zip(
+        names, results[backend], results["plain"], results["exact"], strict=True
+    ):
+        assert_as_accurate(*values, what=what)
+
+
+@over_backends
+def test_functional_step_reaches_the_rules_parameters(backend: str) -> None:
+    rule = LSTMRule(3, 1)
+    grad = torch.randn(4, 5)
+    with fastl2o.backend(backend):
+        update, state = ops.step(rule, grad.t(), rule.init_state(grad.t()))
+    (update.sum() + state.sum()).backward()
+    assert all(parameter.grad is not None for parameter in rule.parameters())
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["with-last", "without-last"])
+@over_rules
+def test_reference_unroll_backward_equals_autograd(case: RuleCase, last: bool) -> None:
+    rule = case.make(torch.float64)
+    window = random_window(rule, steps=6, last=last, dtype=torch.float64)
+    options = {"lr": 0.7, "weight_decay": 0.1}
+    result = ops.unroll_backward(
+        rule, window.grads, window.state, window.loss_weights, steps=6, step=window.step, **options
+    )
+    for ours, automatic in zip(result, autograd_unroll(rule, window, **options), strict=True):
+        assert relative_error(ours, automatic) < 1e-12
+
+
+def test_reference_unroll_backward_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = RNNPropRule(3, 2).double()
+    window = random_window(rule, steps=5, runs=3, dim=7, dtype=torch.float64)
+    monkeypatch.setattr(_ops_reference, "UNROLL_BLOCK", 4 * 5 * rule.state_planes)
+    result = ops.unroll_backward(
+        rule, window.grads, window.state, window.loss_weights, steps=5, step=window.step
+    )
+    for ours, automatic in zip(result, autograd_unroll(rule, window), strict=True):
+        assert relative_error(ours, automatic) < 1e-12
+
+
+@over_backends
+@over_small_rules
+def test_unroll_backward_edge_windows(case: RuleCase, backend: str) -> None:
+    """One step without the last gradient has no effect on any loss; no coordinates, no gradient."""
+    rule = case.make()
+    for runs, dim, last in ((2, 3, False), (0, 3, True), (2, 0, True)):
+        window = random_window(rule, steps=1, runs=runs, dim=dim, last=last)
+        with fastl2o.backend(backend):
+            d_meta, d_state = ops.unroll_backward(
+                rule, window.grads, window.state, window.loss_weights, steps=1, step=3
+            )
+        assert d_state.shape == window.state.shape
+        assert not d_meta.any()
+        assert not d_state.any()
+
+
+def test_bad_windows_are_named() -> None:
+    rule = LSTMRule(3, 1)
+    window = random_window(rule, steps=3)
+    grads, state, weights = window.grads, window.state, window.loss_weights
+    with pytest.raises(ValueError, match="K = 5 or 6 for steps=5"):
+        ops.unroll_backward(rule, grads, state, weights, steps=5)
+    with pytest.raises(ValueError, match="grads: expected shape"):
+        ops.unroll_backward(rule, grads[:, 0], state, weights, steps=3)
+    with pytest.raises(ValueError, match=r"state: expected shape \(6, 2, 5\)"):
+        ops.unroll_backward(rule, grads, state[1:], weights, steps=3)
+    with pytest.raises(ValueError, match=r"loss_weights: expected shape \(4, 2\)"):
+        ops.unroll_backward(rule, grads, state, weights.t(), steps=3)
+    with pytest.raises(ValueError, match="Invalid steps: 0"):
+        ops.unroll_backward(rule, grads, state, weights, steps=0)
+    with pytest.raises(ValueError, match="Invalid step: -1"):
+        ops.unroll_backward(rule, grads, state, weights, steps=3, step=-1)
