@@ -8,7 +8,8 @@ Coordinates do not interact in any of them, so R runs of a task advance as one `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,7 @@ __all__ = [
     "mean_std",
     "pick_learning_rate",
     "render_table",
+    "threads",
     "train_losses",
 ]
 
@@ -93,6 +95,21 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ±{self.std:.2g}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use ``count`` torch threads in the block.
+
+    One is right for small networks: their operations are too short to share, and two threads that
+    wait for each other on a busy machine are many times slower than one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def mean_std(values: Tensor) -> Spread:

@@ -50,6 +50,7 @@ def demo(
 ) -> None:
     """Train a digits classifier with learned and with tuned hand-designed optimizers."""
     from . import _demo, zoo
+    from ._evaluate import threads
 
     names = list(rule or [name for name in DEMO_RULES if name in zoo.names()])
     if not names:
@@ -64,7 +65,8 @@ def demo(
         f"as shipped;\nthe others at the best of {len(setting.learning_rates)} learning rates, "
         f"chosen on {setting.tuning_seeds} seeds of their own."
     )
-    results = _demo.run(_load_rules(names), setting, progress=True)
+    with threads(1):
+        results = _demo.run(_load_rules(names), setting, progress=True)
     typer.echo(_demo.table(results, setting))
     if picture:
         typer.echo(f"curves: {_demo.plot(results, setting, out)}")
@@ -157,11 +159,14 @@ def evaluate(
         typer.Option(help="Images trained on: meta_valid (default), train, meta_train or test."),
     ] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Size of the quadratics.")] = None,
+    num_threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Threads; one is best for small tasks.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
 ) -> None:
     """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
-    from ._evaluate import HAND_DESIGNED, Setting, compare
+    from ._evaluate import HAND_DESIGNED, Setting, compare, threads
 
     widths = None if hidden is None else _parse_widths(hidden)
     options = {
@@ -182,13 +187,14 @@ def evaluate(
         steps=tuple(step or ()),
     )
     chosen = _make_task(task, {key: value for key, value in options.items() if value is not None})
-    comparison = compare(
-        chosen,
-        _load_rules(rules),
-        setting,
-        hand_designed=HAND_DESIGNED if baselines else {},
-        progress=True,
-    )
+    with threads(num_threads):
+        comparison = compare(
+            chosen,
+            _load_rules(rules),
+            setting,
+            hand_designed=HAND_DESIGNED if baselines else {},
+            progress=True,
+        )
     document = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
