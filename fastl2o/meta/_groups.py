@@ -1,4 +1,4 @@
-"""Batches of runs in flight while a rule is meta-trained: started, carried over windows, saved and restored."""
+"""Batches of runs in flight during meta-training: started, carried over windows, restored."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._checks import check_number
 from .imitation import Imitation
 from .schedules import Horizon, draw_horizon
+from .tasks import Task
 from .unroll import Progress, start
 
 if TYPE_CHECKING:
     from ..rules import Rule
     from .estimators import MetaGradient, TruncatedBPTT
-    from .tasks import Task
 
-__all__ = ["Group", "GroupStarter"]
+__all__ = ["Group", "GroupStarter", "check_optimizer", "check_tasks", "check_weights"]
 
 
 @dataclass
@@ -50,6 +51,18 @@ class Group:
         if self.moments is not None and imitation is not None:
             return imitation.window(rule, self.progress, self.moments, steps)
         return estimator.window(rule, self.progress, steps)
+
+    def describe(self, result: MetaGradient) -> dict[str, float]:
+        """What the training log says of a window of these runs."""
+        return {
+            "task": self.task,
+            "inner_step": self.progress.step,
+            "horizon": self.horizon,
+            "imitation": int(self.moments is not None),
+            "meta_loss": float(result.loss),
+            "first_loss": float(result.losses[0].mean()),
+            "last_loss": float(result.losses[-1].mean()),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
@@ -90,10 +103,43 @@ class GroupStarter:
 
     def restore(self, saved: dict[str, Any]) -> Group:
         """A batch of runs as it was saved by ``Group.state_dict``."""
-        # The draw below is thrown away: the run's tensors and generator are replaced by the saved ones.
+        # The draw below is thrown away: the run's tensors and generator are replaced by the saved
+        # ones.
         run = self.tasks[saved["task"]].sample(
             self.runs, torch.Generator().manual_seed(0), self.dtype
         )
         moments = None if saved["moments"] is None else saved["moments"].clone()
         progress = Progress.from_state_dict(run, saved["progress"])
         return Group(saved["task"], saved["horizon"], progress, moments)
+
+
+def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks as a tuple, or a refusal of anything else."""
+    if isinstance(tasks, Task) or not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise TypeError(
+            f"tasks must be a sequence of at least one fastl2o.meta.tasks.Task, got {tasks!r}"
+        )
+    return tuple(tasks)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> Tensor:
+    """Relative frequencies ``(count,)``, equal by default."""
+    if weights is None:
+        return torch.ones(count)
+    if len(weights) != count:
+        raise ValueError(
+            f"task_weights must hold one number for each of {count} tasks, got {list(weights)!r}"
+        )
+    for weight in weights:
+        check_number("task_weights", weight, minimum=0, exclusive=True)
+    return torch.tensor([float(weight) for weight in weights])
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
+    """Refuse an optimizer of other parameters than the rule's, or of only some of them."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for p in rule.parameters()}:
+        raise ValueError(
+            "optimizer must hold exactly rule.parameters(); "
+            "build it as torch.optim.Adam(rule.parameters(), lr=...)"
+        )

@@ -1,8 +1,7 @@
-"""Checkpoints that survive a kill or a full disk while they are written, and the training log beside them."""
+"""Checkpoints that survive a kill or a full disk while they are written."""
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHECKPOINT", "LOG", "PREVIOUS", "CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "PREVIOUS", "CheckpointError", "load_checkpoint", "save_checkpoint"]
 
-CHECKPOINT, PREVIOUS, LOG = "checkpoint.pt", "checkpoint.previous.pt", "log.csv"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _VERSION = 1
 
 
@@ -21,13 +20,16 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
-    """Write ``content`` (tensors, numbers, text, lists and dictionaries of them) as the newest checkpoint.
+    """Write ``content`` (tensors, numbers, text, lists and dictionaries of them) as the newest
+    checkpoint.
 
-    The bytes go to a temporary file that is flushed to the disk and then renamed; the checkpoint that was there
-    becomes the previous one. At every moment one of the two names holds a whole file.
+    The bytes go to a temporary file that is flushed to the disk and then renamed; the checkpoint
+    that was there becomes the previous one. At every moment one of the two names holds a whole
+    file.
 
     Raises:
-        CheckpointError: if the file cannot be written, say on a full disk; older checkpoints are as they were.
+        CheckpointError: if the file cannot be written, say on a full disk; older checkpoints are as
+            they were.
     """
     buffer = io.BytesIO()
     torch.save({"version": _VERSION, **content}, buffer)
@@ -53,7 +55,7 @@ def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
         )
         raise CheckpointError(
             f"could not write the checkpoint {str(current)!r}: {error}; {usable}. "
-            "Free some space (or choose another checkpoint_dir) and run the same training again to continue"
+            "Free some space (or choose another checkpoint_dir) and run the training again"
         ) from error
     return current
 
@@ -79,15 +81,14 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             continue
         try:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch.load raises many kinds for a damaged file
-            problems.append(
-                f"{str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            problems.append(f"{str(path)!r}: {reason}")
             continue
         if not isinstance(content, dict) or content.get("version") != _VERSION:
             found = content.get("version") if isinstance(content, dict) else None
             raise CheckpointError(
-                f"{str(path)!r} is a checkpoint of version {found!r} and this fastl2o reads version {_VERSION}; "
+                f"{str(path)!r} is of version {found!r}, this fastl2o reads version {_VERSION}; "
                 "finish it with the fastl2o that wrote it, or choose another checkpoint_dir"
             )
         return content
@@ -97,44 +98,3 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             "delete the directory to start over, or choose another checkpoint_dir"
         )
     return None
-
-
-class TrainingLog:
-    """A CSV file with one row an outer step. Resuming drops the rows after the checkpoint.
-
-    Args:
-        path: the file, or None to keep no log.
-        columns: names of the columns; the first is the outer step.
-    """
-
-    def __init__(self, path: Path | None, columns: tuple[str, ...]) -> None:
-        self.path, self.columns = path, columns
-
-    def open_at(self, outer_step: int) -> None:
-        """Keep the rows of outer steps up to ``outer_step`` and drop the rest."""
-        if self.path is None:
-            return
-        rows: list[list[str]] = []
-        if self.path.exists() and outer_step > 0:
-            with open(self.path, newline="") as file:
-                reader = csv.reader(file)
-                next(reader, None)
-                rows = [
-                    row
-                    for row in reader
-                    if len(row) == len(self.columns) and int(row[0]) <= outer_step
-                ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add one row; columns that are missing stay empty."""
-        if self.path is None:
-            return
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow([row.get(column, "") for column in self.columns])

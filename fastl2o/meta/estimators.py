@@ -1,4 +1,4 @@
-"""Estimators of the meta-gradient: how the gradient of a run's losses reaches the rule's meta-parameters."""
+"""Estimators of the meta-gradient: how a run's losses reach the rule's meta-parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .tasks._base import check_choice, check_number
+from ._checks import check_choice, check_number
 from .unroll import Progress, run_window, start
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
 _OBJECTIVES = ("sum", "final", "log")
-# Added to losses under the logarithm: far below any loss of interest, and log stays finite at an exact zero.
+# Added to losses under the logarithm: far below any loss of interest, and log stays finite at an
+# exact zero.
 _LOG_EPS = 1e-8
 
 
@@ -31,25 +32,30 @@ class MetaGradient(NamedTuple):
 
 
 class TruncatedBPTT:
-    """Back-propagation through windows of ``unroll`` inner steps; the gradient is cut between windows.
+    """Back-propagation through windows of ``unroll`` inner steps; the gradient is cut between
+    windows.
 
     The meta-loss of a window theta_0 .. theta_T is the mean over its R runs of
 
     - ``"sum"``: f_1 + ... + f_T (f_0 does not depend on the rule within the window);
     - ``"final"``: f_T alone;
-    - ``"log"``: the mean over t of log((f_t + 1e-8) / (f at the run's start + 1e-8)), which weighs late, small
-      losses as much as early, large ones and does not depend on the loss's scale.
+    - ``"log"``: the mean over t of log((f_t + 1e-8) / (f at the run's start + 1e-8)), which weighs
+      late, small losses as much as early, large ones and does not depend on the loss's scale.
 
-    Gradients that enter the rule are constants (the usual first-order choice), unless ``second_order``.
+    Gradients that enter the rule are constants (the usual first-order choice), unless
+    ``second_order``.
 
     Args:
         unroll: T, the inner steps of a window.
         objective: which meta-loss, see above.
-        final_term: whether f_T, taken on the next window's first minibatch, counts. Without it the sums end at
-            f_{T-1}, and the window's last update gets no gradient, as in some published code.
-        path: ``"fused"`` is one ``unroll_backward`` call on the recorded gradients; ``"autograd"`` is the same
-            window through eager autograd and the reference step, the check and the baseline.
-        second_order: differentiate through the optimizee's gradients too; always takes the autograd path.
+        final_term: whether f_T, taken on the next window's first minibatch, counts. Without it the
+            sums end at f_{T-1}, and the window's last update gets no gradient, as in some published
+            code.
+        path: ``"fused"`` is one ``unroll_backward`` call on the recorded gradients; ``"autograd"``
+            is the same window through eager autograd and the reference step, the check and the
+            baseline.
+        second_order: differentiate through the optimizee's gradients too; always takes the autograd
+            path.
 
     Example:
         >>> import fastl2o
@@ -73,9 +79,7 @@ class TruncatedBPTT:
         check_choice("objective", objective, _OBJECTIVES)
         check_choice("path", path, ("fused", "autograd"))
         if not final_term and unroll == 1:
-            raise ValueError(
-                "unroll=1 with final_term=False leaves no loss that depends on the rule; use final_term=True"
-            )
+            raise ValueError("unroll=1 with final_term=False leaves no loss; use final_term=True")
         self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
         self.path = "autograd" if second_order else path
         self.second_order = bool(second_order)
@@ -86,7 +90,8 @@ class TruncatedBPTT:
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
-        return f"TruncatedBPTT({', '.join(f'{key}={value!r}' for key, value in self.config().items())})"
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        return f"TruncatedBPTT({arguments})"
 
     def window(
         self,
@@ -97,16 +102,22 @@ class TruncatedBPTT:
         lr: float = 1.0,
         weight_decay: float = 0.0,
     ) -> MetaGradient:
-        """Advance ``progress`` by one window (``steps`` instead of ``unroll`` inner steps) and differentiate it."""
+        """Advance ``progress`` by a window and differentiate it; ``steps`` replaces ``unroll``."""
         steps = self.unroll if steps is None else steps
         if self.path == "autograd":
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
         window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
         loss = self.meta_loss(window.losses, progress.first_losses)
         gradient, _ = ops.unroll_backward(
-            rule, window.grads, window.state, self.loss_weights(window.losses),
-            steps=steps, step=window.step, lr=lr, weight_decay=weight_decay,
-        )  # fmt: skip
+            rule,
+            window.grads,
+            window.state,
+            self.loss_weights(window.losses),
+            steps=steps,
+            step=window.step,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
         return MetaGradient(loss, gradient, window.losses)
 
     def _selected(self, steps: int) -> slice:
@@ -115,14 +126,14 @@ class TruncatedBPTT:
         return slice(last, last + 1) if self.objective == "final" else slice(1, last + 1)
 
     def meta_loss(self, losses: Tensor, first_losses: Tensor) -> Tensor:
-        """The window's meta-loss, 0-dim, from ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
+        """The meta-loss, 0-dim, of ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
         selected = losses[self._selected(losses.shape[0] - 1)]
         if self.objective == "log":
             return torch.log((selected + _LOG_EPS) / (first_losses + _LOG_EPS)).mean()
         return selected.sum(dim=0).mean()
 
     def loss_weights(self, losses: Tensor) -> Tensor:
-        """d meta-loss / d f_t, ``(T + 1, R)``: what weighs the recorded gradients in the fused backward pass."""
+        """d meta-loss / d f_t, ``(T + 1, R)``: the weights of the recorded gradients."""
         weights = torch.zeros_like(losses)
         times = self._selected(losses.shape[0] - 1)
         if self.objective == "log":

@@ -1,4 +1,4 @@
-"""Imitation: teach a rule by showing it Adam's steps (Chen et al. 2020, arXiv 2010.09089, "imitation learning")."""
+"""Imitation: teach a rule by showing it Adam's steps (Chen et al. 2020, arXiv 2010.09089)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ._checks import check_number
 from .estimators import MetaGradient
-from .tasks._base import check_number
 from .unroll import Progress
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ _BLOCK = 16_384
 
 @dataclass(frozen=True)
 class Imitation:
-    """With ``probability``, a starting batch of runs follows Adam, and the rule is fitted to Adam's steps.
+    """With ``probability``, a starting batch of runs follows Adam, and the rule is fitted to Adam's
+    steps.
 
     The gradients seen along Adam's path are fed to the rule; the loss of a step is
-    1/2 mean over coordinates of (Adam's step - rule's step)^2, summed over the window, mean over the runs.
+    1/2 mean over coordinates of (Adam's step - rule's step)^2, summed over the window, mean over
+    the runs.
 
     Args:
         probability: chance that a batch of runs imitates.
@@ -57,7 +59,7 @@ class Imitation:
         return progress.params.new_zeros((2, *progress.params.shape))
 
     def window(self, rule: Rule, progress: Progress, moments: Tensor, steps: int) -> MetaGradient:
-        """Follow Adam for ``steps`` steps, advancing ``progress`` and ``moments``, and differentiate the misfit."""
+        """Follow Adam for ``steps`` steps, in place, and differentiate the rule's misfit."""
         grads, targets, losses = [], [], [progress.losses]
         for t in range(steps):
             grads.append(progress.grads)
@@ -84,9 +86,11 @@ class Imitation:
 def _misfit_gradient(
     rule: Rule, grads: Tensor, targets: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Misfit (0-dim) and its gradient (M,), advancing ``progress.state``; ``grads, targets (T, R, D)``.
+    """Misfit (0-dim) and its gradient (M,), advancing ``progress.state``; ``grads, targets (T, R,
+    D)``.
 
-    The rule acts on every coordinate alone, so blocks of coordinates are differentiated one after the other.
+    The rule acts on every coordinate alone, so blocks of coordinates are differentiated one after
+    the other.
     """
     meta = rule.flat_parameters().detach().requires_grad_()
     steps, count = grads.shape[0], grads[0].numel()

@@ -1,4 +1,5 @@
-"""Schedules of meta-training: how long runs are, and how the meta-optimizer's rate moves. Pure functions of the
+"""Schedules of meta-training: how long runs are, and how the meta-optimizer's rate moves. Pure
+functions of the
 outer step, so that a resumed training needs nothing but that number."""
 
 from __future__ import annotations
@@ -6,23 +7,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 
-from .tasks._base import check_choice, check_number
+from ._checks import check_choice, check_number
 
 __all__ = ["Curriculum", "Horizon", "LRSchedule", "draw_horizon"]
 
-Range = Union[int, tuple[int, int]]
+Range = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Horizons by stage: ``stages`` are (first outer step, horizon) pairs, the first of them at outer step 0.
+    """Horizons by stage: ``stages`` are (first outer step, horizon) pairs, the first of them at
+    outer step 0.
 
-    A horizon is an int, or a (low, high) pair that is drawn log-uniformly. A batch of runs keeps the horizon of the
-    stage in which it starts.
+    A horizon is an int, or a (low, high) pair that is drawn log-uniformly. A batch of runs keeps
+    the horizon of the stage in which it starts.
 
     Example:
         >>> Curriculum(((0, 100), (2000, 500), (4000, (100, 2000)))).horizon(2500)
@@ -35,7 +37,8 @@ class Curriculum:
         firsts = [first for first, _ in self.stages]
         if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
             raise ValueError(
-                f"stages must be (first outer step, horizon) pairs with rising first steps from 0, got {self.stages!r}"
+                "stages must be (first outer step, horizon) pairs whose first steps rise from 0, "
+                f"got {self.stages!r}"
             )
         for _, horizon in self.stages:
             _check_range(horizon)
@@ -45,11 +48,11 @@ class Curriculum:
         return [horizon for first, horizon in self.stages if first <= outer_step][-1]
 
 
-Horizon = Union[Range, Curriculum]
+Horizon = Range | Curriculum
 
 
 def as_horizon(horizon: Any) -> Horizon:
-    """Check a trainer's ``horizon``: an int, a (low, high) pair, a ``Curriculum`` or a list of its stages."""
+    """Check a horizon: an int, a (low, high) pair, a ``Curriculum`` or a list of its stages."""
     if isinstance(horizon, Curriculum):
         return horizon
     if isinstance(horizon, Sequence) and not isinstance(horizon, str):
@@ -96,7 +99,8 @@ def longest(horizon: Horizon) -> int:
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Factor on the meta-optimizer's rate: linear warm-up over ``warmup`` outer steps, then ``kind`` to ``final``.
+    """Factor on the meta-optimizer's rate: linear warm-up over ``warmup`` outer steps, then
+    ``kind`` to ``final``.
 
     Args:
         kind: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``.

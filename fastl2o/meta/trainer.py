@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._groups import Group, GroupStarter
-from .checkpoint import LOG, TrainingLog, load_checkpoint, save_checkpoint
+from ._checks import check_number
+from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
+from ._log import TrainingLog
+from .checkpoint import load_checkpoint, save_checkpoint
 from .estimators import MetaGradient, TruncatedBPTT
 from .imitation import Imitation
 from .schedules import Horizon, LRSchedule, as_horizon, longest
 from .tasks import Task
-from .tasks._base import check_number
 from .validation import Validation
 
 if TYPE_CHECKING:
@@ -28,10 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FitResult", "MetaTrainer"]
 
-_COLUMNS = (
-    "outer_step", "task", "inner_step", "horizon", "imitation", "meta_loss", "first_loss", "last_loss",
-    "gradient_norm", "lr", "skipped", "validation", "seconds",
-)  # fmt: skip
+_COUNTERS = ("outer_step", "skipped", "_skipped_in_a_row", "best_score", "last_score", "best_step")
 # So many skipped updates in a row mean that the rule, not one unlucky run, is broken.
 _MAX_SKIPPED_IN_A_ROW = 100
 
@@ -40,9 +39,7 @@ class FitResult(NamedTuple):
     """What ``MetaTrainer.fit`` did."""
 
     outer_steps: int  # meta-updates done since the start of training, skipped ones included
-    best_step: (
-        int | None
-    )  # outer step of the best validation so far; None if there was no validation
+    best_step: int | None  # outer step of the best validation so far; None if there was none
     best_score: float  # its score; infinity if there was none
     last_score: float  # score of the last validation
     meta_loss: float  # meta-loss of the last window
@@ -51,30 +48,38 @@ class FitResult(NamedTuple):
 
 
 class MetaTrainer:
-    """Trains a rule's meta-parameters on tasks. One outer step is one window of one batch of runs, and one update.
+    """Trains a rule's meta-parameters on tasks. One outer step is one window of one batch of runs,
+    and one update.
 
-    A batch of runs is carried from window to window until its horizon; then new runs are drawn. A window whose
-    losses or meta-gradient are not finite is not used: the update is skipped and counted, and new runs are drawn.
+    A batch of runs is carried from window to window until its horizon; then new runs are drawn. A
+    window whose losses or meta-gradient are not finite is not used: the update is skipped and
+    counted, and new runs are drawn.
 
-    Everything random comes from ``seed``. With a ``checkpoint_dir`` the whole training state is saved, and the same
-    training started again after a kill continues to the same bits as one that was never interrupted.
+    Everything random comes from ``seed``. With a ``checkpoint_dir`` the whole training state is
+    saved, and the same training started again after a kill continues to the same bits as one that
+    was never interrupted.
 
     Args:
         rule: the rule; its parameters are trained in place.
         tasks: what to train on; every new batch of runs is of one of them.
         estimator: how a window becomes a meta-gradient; ``TruncatedBPTT()`` by default.
-        horizon: inner steps of a run: an int, a (low, high) pair drawn log-uniformly for each batch of runs, a
-            ``Curriculum`` or the list of its (first outer step, horizon) stages.
+        horizon: inner steps of a run: an int, a (low, high) pair drawn log-uniformly for each batch
+            of runs, a ``Curriculum`` or the list of its (first outer step, horizon) stages.
         optimizer: a ``torch.optim`` optimizer over ``rule.parameters()``; Adam at 1e-3 by default.
         seed: of tasks, runs and minibatches. Initialise the rule with a generator of your own.
         runs: R, the runs of a batch; they share every kernel call.
-        groups: batches of runs in flight, one window each in turn; more of them make successive updates less alike.
+        groups: batches of runs in flight, one window each in turn; more of them make successive
+        updates less alike.
         clip_grad: largest 2-norm of the meta-gradient; None for no limit.
-        schedule: factor on the optimizer's rates by outer step, such as ``LRSchedule("cosine", total=1000)``.
+        schedule: factor on the optimizer's rates by outer step, such as ``LRSchedule("cosine",
+        total=1000)``.
         task_weights: relative frequency of each task.
-        validation: when and how to score the rule; None for never (there is then no best-so-far selection).
-        imitation: mix in imitation of Adam; it has its own copy of the optimizer, as in the paper's code.
-        divergence: a run whose loss exceeds this factor times its first loss counts as non-finite; None to allow it.
+        validation: when and how to score the rule; None for never (there is then no best-so-far
+        selection).
+        imitation: mix in imitation of Adam; it has its own copy of the optimizer, as in the paper's
+        code.
+        divergence: a run whose loss exceeds this factor times its first loss counts as non-finite;
+        None to allow it.
         checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
         checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
         progress: show a progress bar; None shows it on a terminal.
@@ -110,48 +115,36 @@ class MetaTrainer:
         checkpoint_every: int = 500,
         progress: bool | None = None,
     ) -> None:
-        self.rule, self.tasks = rule, _check_tasks(tasks)
-        for name, value in (
-            ("runs", runs),
-            ("groups", groups),
-            ("checkpoint_every", checkpoint_every),
-        ):
-            check_number(name, value, minimum=1, integer=True)
+        self.rule, self.tasks = rule, check_tasks(tasks)
+        counts = {"runs": runs, "groups": groups, "checkpoint_every": checkpoint_every}
+        for name, count in counts.items():
+            check_number(name, count, minimum=1, integer=True)
         for name, limit in (("clip_grad", clip_grad), ("divergence", divergence)):
             if limit is not None:
                 check_number(name, limit, minimum=0, exclusive=True)
         check_number("seed", seed, minimum=0, integer=True)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.horizon: Horizon = as_horizon(horizon)
-        self.optimizer = (
-            torch.optim.Adam(rule.parameters(), lr=1e-3) if optimizer is None else optimizer
-        )
-        _check_optimizer(self.optimizer, rule)
-        self.seed, self.clip_grad, self.schedule, self.divergence = (
-            seed,
-            clip_grad,
-            schedule,
-            divergence,
-        )
+        if optimizer is None:
+            optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
+        check_optimizer(optimizer, rule)
+        self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
+        self.seed, self.divergence = seed, divergence
         self.validation, self.imitation = validation, imitation
         self.progress, self.checkpoint_every = progress, checkpoint_every
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self._imitation_optimizer = (
-            None
-            if imitation is None
-            else type(self.optimizer)(rule.parameters(), **self.optimizer.defaults)
-        )
-        self._base_lrs = [[group["lr"] for group in opt.param_groups] for opt in self._optimizers()]
+        # Imitation steps by a twin of the optimizer, so that its moments stay apart.
+        self._optimizers = [optimizer] if imitation is None else [optimizer, _twin(optimizer)]
+        self._settings = [_settings(group) for group in optimizer.param_groups]
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._dtype = next(rule.parameters()).dtype
-        weights = _check_weights(task_weights, len(self.tasks))
+        weights = check_weights(task_weights, len(self.tasks))
         self._starter = GroupStarter(
             self.tasks, weights, runs, self.horizon, imitation, self._dtype
         )
         self._generator = torch.Generator().manual_seed(seed)
         self._groups: list[Group | None] = [None] * groups
-        self._log = TrainingLog(
-            None if self.checkpoint_dir is None else self.checkpoint_dir / LOG, _COLUMNS
-        )
+        self._log = TrainingLog(self.checkpoint_dir)
         self.outer_step, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self.best_score, self.last_score = math.inf, math.inf
         self.best_step: int | None = None
@@ -172,14 +165,13 @@ class MetaTrainer:
     def fit(self, outer_steps: int) -> FitResult:
         """Train until ``outer_steps`` outer steps are done, counted from the start of training.
 
-        A second call with a larger number goes on from where the first ended. A checkpoint in ``checkpoint_dir``
-        is picked up by the first call.
+        A second call with a larger number goes on from where the first ended. A checkpoint in
+        ``checkpoint_dir`` is picked up by the first call.
 
         Raises:
             CheckpointError: if a checkpoint can be neither read nor written.
             ValueError: if the checkpoint in ``checkpoint_dir`` is of another training.
             RuntimeError: after 100 skipped updates in a row.
-            FloatingPointError: never; non-finite windows are skipped and counted.
         """
         check_number("outer_steps", outer_steps, minimum=0, integer=True)
         begun = time.perf_counter()
@@ -188,9 +180,12 @@ class MetaTrainer:
             self._started = True
         meta_loss = math.nan
         with tqdm(
-            total=max(outer_steps, self.outer_step), initial=self.outer_step, unit="step", desc="meta-training",
+            total=max(outer_steps, self.outer_step),
+            initial=self.outer_step,
+            unit="step",
+            desc="meta-training",
             disable=None if self.progress is None else not self.progress,
-        ) as bar:  # fmt: skip
+        ) as bar:
             while self.outer_step < outer_steps:
                 meta_loss = self._outer_step(outer_steps, begun)
                 last = self.last_score if math.isfinite(self.last_score) else None
@@ -199,9 +194,14 @@ class MetaTrainer:
                 )
                 bar.update()
         return FitResult(
-            self.outer_step, self.best_step, self.best_score, self.last_score, meta_loss, self.skipped,
+            self.outer_step,
+            self.best_step,
+            self.best_score,
+            self.last_score,
+            meta_loss,
+            self.skipped,
             time.perf_counter() - begun,
-        )  # fmt: skip
+        )
 
     def _outer_step(self, outer_steps: int, begun: float) -> float:
         """One window, one update, and what is due after it; returns the meta-loss."""
@@ -220,15 +220,23 @@ class MetaTrainer:
         self.skipped += not usable
         self.outer_step += 1
         score = self._validate()
-        row = self._row(group, result, norm, factor, score)
-        self._log.append({**row, "seconds": f"{time.perf_counter() - begun:.3f}"})
+        self._log.append(
+            outer_step=self.outer_step,
+            **group.describe(result),
+            gradient_norm=norm,
+            lr=self._base_lrs[0] * factor,
+            skipped=self.skipped,
+            validation=score,
+            seconds=round(time.perf_counter() - begun, 3),
+        )
         due = self.outer_step % self.checkpoint_every == 0 or self.outer_step == outer_steps
         if self.checkpoint_dir is not None and due:
             save_checkpoint(self.checkpoint_dir, self.state_dict())
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
-                f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged losses, up to outer "
-                f"step {self.outer_step}; lower the optimizer's lr or set clip_grad. best_rule is still usable"
+                f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged "
+                f"losses, up to outer step {self.outer_step}; lower the optimizer's lr or set "
+                "clip_grad. best_rule is still usable"
             )
         return float(result.loss)
 
@@ -251,19 +259,11 @@ class MetaTrainer:
         pieces = self.rule.unflatten(gradient)
         for name, parameter in self.rule.named_parameters():
             parameter.grad = pieces[name].clone()
-        which = 1 if imitating else 0
-        optimizer = self._optimizers()[which]
-        for group, base in zip(optimizer.param_groups, self._base_lrs[which], strict=True):
+        optimizer = self._optimizers[1 if imitating else 0]
+        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return (
-            [self.optimizer]
-            if self._imitation_optimizer is None
-            else [self.optimizer, self._imitation_optimizer]
-        )
 
     def _validate(self) -> float | None:
         if self.validation is None or self.outer_step % self.validation.every != 0:
@@ -277,69 +277,38 @@ class MetaTrainer:
             }
         return score
 
-    def _row(
-        self, group: Group, result: MetaGradient, norm: float, factor: float, score: float | None
-    ) -> dict[str, Any]:
-        return {
-            "outer_step": self.outer_step,
-            "task": group.task,
-            "inner_step": group.progress.step,
-            "horizon": group.horizon,
-            "imitation": int(group.moments is not None),
-            "meta_loss": float(result.loss),
-            "first_loss": float(result.losses[0].mean()),
-            "last_loss": float(result.losses[-1].mean()),
-            "gradient_norm": norm,
-            "lr": self._base_lrs[0][0] * factor,
-            "skipped": self.skipped,
-            "validation": "" if score is None else score,
-        }
-
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued, JSON-able."""
-        schedule = (
-            repr(self.schedule)
-            if isinstance(self.schedule, LRSchedule)
-            else str(self.schedule is not None)
-        )
+        # Of a schedule that is not an LRSchedule, no more can be said than that there is one.
+        known = self.schedule is None or isinstance(self.schedule, LRSchedule)
         return {
             "rule": [self.rule.family, self.rule.config()],
-            "tasks": [
-                [repr(task), float(w)]
-                for task, w in zip(self.tasks, self._starter.weights, strict=True)
-            ],
+            "tasks": [repr(task) for task in self.tasks],
+            "task_weights": self._starter.weights.tolist(),
             "estimator": repr(self.estimator),
             "horizon": repr(self.horizon),
-            "optimizer": [type(self.optimizer).__name__, self._base_lrs],
+            "optimizer": [type(self.optimizer).__name__, self._settings],
             "seed": self.seed,
             "runs": self._starter.runs,
             "groups": len(self._groups),
             "clip_grad": self.clip_grad,
             "divergence": self.divergence,
-            "schedule": schedule,
+            "schedule": repr(self.schedule) if known else "function",
             "validation": None if self.validation is None else self.validation.config(),
             "imitation": None if self.imitation is None else self.imitation.config(),
             "dtype": str(self._dtype),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole training state: tensors, numbers and text, as ``torch.save`` and ``weights_only`` like them."""
-        names = (
-            "outer_step",
-            "skipped",
-            "_skipped_in_a_row",
-            "best_score",
-            "last_score",
-            "best_step",
-        )
+        """The whole training state: tensors, numbers and text that ``weights_only`` accepts."""
         return {
             "fingerprint": json.dumps(self.fingerprint()),
             "rule": self.rule.state_dict(),
             "best": self._best_parameters,
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers()],
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
             "groups": [None if group is None else group.state_dict() for group in self._groups],
-            "counters": {name: getattr(self, name) for name in names},
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,7 +330,7 @@ class MetaTrainer:
             )
         self.rule.load_state_dict(state["rule"])
         self._best_parameters = state["best"]
-        for optimizer, saved in zip(self._optimizers(), state["optimizers"], strict=True):
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._generator.set_state(state["generator"])
         self._groups = [
@@ -379,29 +348,15 @@ class MetaTrainer:
         self._log.open_at(self.outer_step)
 
 
-def _check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    if isinstance(tasks, Task) or not tasks or not all(isinstance(task, Task) for task in tasks):
-        raise TypeError(
-            f"tasks must be a sequence of at least one fastl2o.meta.tasks.Task, got {tasks!r}"
-        )
-    return tuple(tasks)
+def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer of the same settings over the same parameters, with a state of its own."""
+    twin = copy.deepcopy(optimizer)
+    twin.state.clear()
+    for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
+        group["params"] = list(original["params"])
+    return twin
 
 
-def _check_weights(weights: Sequence[float] | None, count: int) -> Tensor:
-    if weights is None:
-        return torch.ones(count)
-    if len(weights) != count:
-        raise ValueError(
-            f"task_weights must hold one number for each of the {count} tasks, got {list(weights)!r}"
-        )
-    for weight in weights:
-        check_number("task_weights", weight, minimum=0, exclusive=True)
-    return torch.tensor([float(weight) for weight in weights])
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held != {id(p) for p in rule.parameters()}:
-        raise ValueError(
-            "optimizer must hold exactly rule.parameters(); build it as torch.optim.Adam(rule.parameters(), lr=...)"
-        )
+def _settings(param_group: dict[str, Any]) -> dict[str, str]:
+    """A parameter group's settings as text: what must agree when a training is continued."""
+    return {key: repr(value) for key, value in param_group.items() if key != "params"}

@@ -1,8 +1,9 @@
 """Inner training under a rule, window by window, with the gradients kept for the meta-gradient.
 
-A window of T steps visits theta_0 .. theta_T. Loss and gradient at theta_T are evaluated at the end of the window
-(on a minibatch of their own) and carried over: they close this window's meta-gradient and are the next window's
-first input, so that no evaluation of the optimizee is spent on the meta-gradient alone.
+A window of T steps visits theta_0 .. theta_T. Loss and gradient at theta_T are evaluated at the end
+of the window (on a minibatch of their own) and carried over: they close this window's meta-gradient
+and are the next window's first input, so that no evaluation of the optimizee is spent on the
+meta-gradient alone.
 """
 
 from __future__ import annotations
@@ -79,10 +80,11 @@ def start(rule: Rule, run: TaskRun) -> Progress:
 def run_window(
     rule: Rule, progress: Progress, steps: int, *, lr: float = 1.0, weight_decay: float = 0.0
 ) -> Window:
-    """Advance ``progress`` by ``steps`` inner steps, in place, and return what the meta-gradient needs.
+    """Advance ``progress`` by ``steps`` inner steps, in place, and return what the meta-gradient
+    needs.
 
-    Each step is one ``ops.step_`` on the ``(R, D)`` tensor. Non-finite gradients are passed on: the caller sees
-    them in the losses and decides.
+    Each step is one ``ops.step_`` on the ``(R, D)`` tensor. Non-finite gradients are passed on: the
+    caller sees them in the losses and decides.
 
     Args:
         rule: the rule that takes the steps; no graph is built.
@@ -102,9 +104,16 @@ def run_window(
     with torch.no_grad():
         for t in range(steps):
             ops.step_(
-                rule, [params], [grads[t]], [state], counters,
-                lr=lr, weight_decay=weight_decay, maximize=False, nonfinite="pass",
-            )  # fmt: skip
+                rule,
+                [params],
+                [grads[t]],
+                [state],
+                counters,
+                lr=lr,
+                weight_decay=weight_decay,
+                maximize=False,
+                nonfinite="pass",
+            )
             losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
                 params, progress.run.next_batch()
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .tasks._base import check_choice, check_number
+from ._checks import check_choice, check_number
 from .unroll import run_window, start
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ __all__ = ["Validation", "run_losses"]
 
 # Inner steps whose gradients are held at a time while a rule is only applied.
 _CHUNK = 20
-# Seeds of validation runs lie far from a training seed's neighbourhood: seeds 0, 1, 2, ... never share runs.
+# Seeds of validation runs lie far from a training seed's neighbourhood: seeds 0, 1, 2, ... never
+# share runs.
 _SEED_OFFSET = 2**40
 
 
@@ -34,10 +35,11 @@ def run_losses(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Train ``runs`` fresh optimizees for ``horizon`` steps and return f_0 .. f_horizon, ``(horizon + 1, runs)``.
+    """Train ``runs`` fresh optimizees for ``horizon`` steps and return f_0 .. f_horizon, ``(horizon
+    + 1, runs)``.
 
-    The same ``seed`` gives the same data, initial parameters and minibatches whatever the rule. Runs that diverge
-    show as non-finite losses.
+    The same ``seed`` gives the same data, initial parameters and minibatches whatever the rule.
+    Runs that diverge show as non-finite losses.
 
     Example:
         >>> import fastl2o
@@ -61,8 +63,8 @@ class Validation:
     The score, lower is better, is the mean over tasks and runs of
 
     - ``"sum"``: f_0 + ... + f_{horizon-1}, as the reproductions report;
-    - ``"final"``: the mean of the losses of the last tenth of the run, which is f_horizon without the noise of
-      one minibatch;
+    - ``"final"``: the mean of the losses of the last tenth of the run, which is f_horizon without
+      the noise of one minibatch;
     - ``"log"``: the mean over t of log(f_t / f_0).
 
     A rule that diverges on any run scores infinity.
@@ -102,7 +104,7 @@ class Validation:
         return {**{name: getattr(self, name) for name in names}, "tasks": tasks}
 
     def score(self, rule: Rule, tasks: Sequence[Task], horizon: int, dtype: torch.dtype) -> float:
-        """Score ``rule`` on ``tasks`` (used unless the validation names its own) at ``horizon`` (likewise)."""
+        """Score ``rule`` on ``tasks`` at ``horizon``, unless the validation names its own."""
         horizon = horizon if self.horizon is None else self.horizon
         chosen = list(self.tasks) if self.tasks is not None else [task.held_out() for task in tasks]
         total = 0.0

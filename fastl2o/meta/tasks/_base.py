@@ -1,7 +1,8 @@
 """Tasks: families of optimizees with data, and batches of training runs drawn from them.
 
-A run is a flat parameter vector of D coordinates; R runs advance together as one ``(R, D)`` tensor, so that a
-rule takes all of them in one kernel call. Losses and gradients are batched over the runs by ``torch.func.vmap``.
+A run is a flat parameter vector of D coordinates; R runs advance together as one ``(R, D)`` tensor,
+so that a rule takes all of them in one kernel call. Losses and gradients are batched over the runs
+by ``torch.func.vmap``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch.func import grad_and_value, vmap
 __all__ = ["Batch", "Task", "TaskRun"]
 
 Batch = tuple[Tensor, ...]
-"""What one loss evaluation draws at random: tensors with the runs in front, ``(R, ...)``; ``()`` if nothing."""
+"""What one loss evaluation draws at random: tensors ``(R, ...)``, runs in front; may be empty."""
 
 
 def fork_generator(generator: torch.Generator) -> torch.Generator:
-    """A new CPU generator seeded by one draw from ``generator``, so that runs own their random numbers."""
+    """A new generator seeded by one draw from ``generator``, so that runs own their numbers."""
     seed = int(torch.randint(2**62, (), generator=generator).item())
     return torch.Generator().manual_seed(seed)
 
@@ -29,7 +30,8 @@ class TaskRun(ABC):
     """R training runs of one task, at fixed data and initial parameters.
 
     Attributes:
-        tensors: everything drawn when the run was sampled, by name, runs in front; holds at least ``params``.
+        tensors: everything drawn when the run was sampled, by name, runs in front; holds at least
+        ``params``.
         generator: the run's own generator, from which ``next_batch`` draws.
     """
 
@@ -57,19 +59,19 @@ class TaskRun(ABC):
         return ()
 
     def next_batch(self) -> Batch:
-        """Draw what the next loss evaluation needs (minibatch indices, say), fresh at every call."""
+        """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()
 
     def gather(self, batch: Batch) -> Batch:
-        """Turn a drawn batch into the tensors ``(R, ...)`` that ``loss`` reads; the identity by default."""
+        """Turn a drawn batch into the tensors ``(R, ...)`` that ``loss`` reads."""
         return batch
 
     @abstractmethod
     def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
-        """Loss of ONE run: ``params (D,)`` and ``inputs`` = ``context()`` then ``gather(batch)``, each without R."""
+        """Loss of ONE run at ``params (D,)``; ``inputs``: ``context()`` and ``gather(batch)``."""
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        """Losses ``(R,)`` at ``params (R, D)``; differentiable, to any order that ``loss`` is."""
+        """Losses ``(R,)`` at ``params (R, D)``, differentiable as ``loss`` is."""
         inputs = (*self.context(), *self.gather(batch))
         result: Tensor = vmap(self.loss)(params, *inputs)
         return result
@@ -81,21 +83,23 @@ class TaskRun(ABC):
         return losses, grads
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and generator state: what ``load_state_dict`` needs to continue with the same bits."""
+        """Tensors and generator state, enough to continue with the same bits."""
         return {"tensors": dict(self.tensors), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a ``state_dict`` of a run of the same task.
 
         Raises:
-            ValueError: if the saved tensors are not those of this task (other names or shapes per run).
+            ValueError: if the saved tensors are not those of this task (other names or shapes per
+                run).
         """
         saved: dict[str, Tensor] = state["tensors"]
         ours = {name: tuple(t.shape[1:]) for name, t in self.tensors.items()}
         theirs = {name: tuple(t.shape[1:]) for name, t in saved.items()}
         if ours != theirs:
             raise ValueError(
-                f"task run state: expected tensors {ours} per run, got {theirs}; was the task changed?"
+                f"task run state: expected tensors {ours} per run, got {theirs}; "
+                "restore it into a run of the task that it was saved from"
             )
         self.tensors = {name: t.clone() for name, t in saved.items()}
         self.generator.set_state(state["generator"])
@@ -108,7 +112,7 @@ class Task(ABC):
     def sample(
         self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> TaskRun:
-        """Draw ``num_runs`` runs from ``generator`` (CPU); parameters and losses are of ``dtype``."""
+        """Draw ``num_runs`` runs from ``generator`` (CPU); parameters are of ``dtype``."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -121,30 +125,3 @@ class Task(ABC):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
-
-
-def check_num_runs(num_runs: int) -> None:
-    """Refuse a batch without runs, naming the argument."""
-    if isinstance(num_runs, bool) or not isinstance(num_runs, int) or num_runs < 1:
-        raise ValueError(f"num_runs must be an int of at least 1, got {num_runs!r}")
-
-
-def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    """Refuse ``value`` unless it is one of ``accepted``, listing them."""
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
-
-
-def check_number(
-    name: str, value: object, *, minimum: float, exclusive: bool = False, integer: bool = False
-) -> None:
-    """Refuse ``value`` unless it is a finite number (an int if ``integer``) of at least (above) ``minimum``."""
-    kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    kind = "an int" if integer else "a finite number"
-    bound = f"above {minimum}" if exclusive else f"of at least {minimum}"
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {kind} {bound}, got {value!r}")
-    number = float(value)  # type: ignore[arg-type]
-    inside = minimum < number if exclusive else minimum <= number
-    if not inside or number == float("inf"):
-        raise ValueError(f"{name} must be {kind} {bound}, got {value!r}")

@@ -6,15 +6,19 @@ import os
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["DATA_VARIABLE", "Images", "find_mnist", "load_images"]
 
 DATA_VARIABLE = "FASTL2O_DATA"
-_HOW = f"pass the path of an mnist.npz, or set ${DATA_VARIABLE} to that file or to a directory that holds it"
+_HOW = (
+    f"pass the path of an mnist.npz, or set ${DATA_VARIABLE} to that file or to a directory "
+    "that holds it"
+)
 # Two spellings of the same four arrays: torchvision-like exports, and the Keras mnist.npz.
 _KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),
@@ -35,7 +39,8 @@ class Images(NamedTuple):
 
 
 def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
-    """The MNIST .npz: ``path``, or what ``$FASTL2O_DATA`` names (the file, or a directory with mnist.npz).
+    """The MNIST .npz: ``path``, or what ``$FASTL2O_DATA`` names (the file, or a directory with
+    mnist.npz).
 
     Raises:
         FileNotFoundError: if neither leads to a file; the message says what to pass.
@@ -55,10 +60,13 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def load_images(data: str | os.PathLike[str]) -> Images:
-    """Load ``"digits"``, ``"mnist"`` (by ``$FASTL2O_DATA``) or the MNIST .npz at a path; kept in memory once.
+    """Load ``"digits"``, ``"mnist"`` (by ``$FASTL2O_DATA``) or the MNIST .npz at a path.
+
+    What was loaded stays in memory and is shared by all tasks on it.
 
     Raises:
         FileNotFoundError: if the MNIST file is not there.
+        ModuleNotFoundError: for the digits without scikit-learn.
         ValueError: if the file is not MNIST (not an .npz, other keys, shapes or dtypes).
     """
     if data == "digits":
@@ -69,7 +77,12 @@ def load_images(data: str | os.PathLike[str]) -> Images:
 
 @lru_cache(maxsize=1)
 def _load_digits() -> Images:
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "data='digits' needs scikit-learn, which holds the images: pip install 'fastl2o[data]'"
+        ) from error
 
     bunch = load_digits()
     # The file is ordered by writer: a fixed permutation makes every split a sample of all of them.
@@ -82,38 +95,40 @@ def _load_digits() -> Images:
 
 @lru_cache(maxsize=2)
 def _load_mnist(path: str, _modified: int) -> Images:
-    import numpy as np
-
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("a single array")
-            names = set(archive.files)
-            keys = next((keys for keys in _KEYS if names.issuperset(keys)), None)
-            if keys is None:
-                raise ValueError(
-                    f"it holds the arrays {sorted(names)}, and {list(_KEYS[0])} (or {list(_KEYS[1])}) are needed"
-                )
-            arrays = [archive[key] for key in keys]
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path!r} is not MNIST as an .npz file: {error}; {_HOW}") from error
-    images, labels = arrays[0::2], arrays[1::2]
-    for key, array in zip(keys[0::2], images, strict=True):
-        if array.dtype != np.uint8 or array.shape[1:] not in ((28, 28), (784,)) or len(array) == 0:
-            raise ValueError(
-                f"{path!r} is not MNIST: {key} is {array.dtype} of shape {array.shape}, and uint8 (N, 28, 28) is needed; {_HOW}"
-            )
-    for key, array, pictures in zip(keys[1::2], labels, images, strict=True):
-        if (
-            array.shape != (len(pictures),)
-            or array.dtype.kind not in "ui"
-            or array.min() < 0
-            or array.max() > 9
-        ):
-            raise ValueError(
-                f"{path!r} is not MNIST: {key} is {array.dtype} of shape {array.shape}, and one integer label 0..9 "
-                f"for each of the {len(pictures)} images is needed; {_HOW}"
-            )
-    pixels = [torch.from_numpy(array.reshape(len(array), 784)) for array in images]
-    targets = [torch.from_numpy(array.astype(np.int64)) for array in labels]
-    return Images(pixels[0], targets[0], pixels[1], targets[1], 1 / 255, 10)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path!r} is not an .npz file of arrays: {error}; {_HOW}") from error
+    keys = next((keys for keys in _KEYS if arrays.keys() >= set(keys)), None)
+    if keys is None:
+        raise ValueError(
+            f"{path!r} is not MNIST: it holds the arrays {sorted(arrays)}, and {list(_KEYS[0])} "
+            f"(or {list(_KEYS[1])}) are needed; {_HOW}"
+        )
+    try:
+        train = _images_and_labels(keys[:2], arrays)
+        test = _images_and_labels(keys[2:], arrays)
+    except ValueError as error:
+        raise ValueError(f"{path!r} is not MNIST: {error}; {_HOW}") from None
+    return Images(*train, *test, 1 / 255, 10)
+
+
+def _images_and_labels(
+    keys: tuple[str, ...], arrays: dict[str, np.ndarray[Any, Any]]
+) -> tuple[Tensor, Tensor]:
+    """Pixels ``(N, 784)`` uint8 and labels ``(N,)`` int64, or what is wrong with the arrays."""
+    images, labels = (arrays[key] for key in keys)
+    shaped = images.ndim > 1 and images.shape[1:] in ((28, 28), (784,)) and len(images) > 0
+    if images.dtype != np.uint8 or not shaped:
+        raise ValueError(
+            f"{keys[0]} is {images.dtype} of shape {images.shape}, uint8 (N, 28, 28) is needed"
+        )
+    integers = labels.shape == (len(images),) and labels.dtype.kind in "ui"
+    if not integers or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(
+            f"{keys[1]} is {labels.dtype} of shape {labels.shape}, an integer label 0..9 for each "
+            f"of the {len(images)} images is needed"
+        )
+    pixels = torch.from_numpy(images.reshape(len(images), 784))
+    return pixels, torch.from_numpy(labels.astype(np.int64))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Batch, Task, TaskRun, check_choice, check_num_runs, check_number, fork_generator
+from .._checks import check_choice, check_num_runs, check_number
+from ._base import Batch, Task, TaskRun, fork_generator
 
 __all__ = ["Quadratic"]
 
@@ -22,7 +23,8 @@ class _QuadraticRun(TaskRun):
         return residual.square().sum()
 
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        # Written out because a 10-dimensional step is all overhead: four calls instead of some forty under vmap.
+        # Written out because a 10-dimensional step is all overhead: four calls instead of some
+        # forty under vmap.
         matrix, target = self.tensors["matrix"], self.tensors["target"]
         residual = torch.baddbmm(
             target.unsqueeze(2), matrix, params.unsqueeze(2), beta=-1
@@ -36,9 +38,10 @@ class Quadratic(Task):
 
     Args:
         dim: number of coordinates, and rows of W.
-        distribution: of the entries of W and y: ``"normal"`` is N(0, 1), the reproductions' and the paper's text;
-            ``"uniform"`` is U[0, 1], DeepMind's code.
-        init_scale: theta_0 ~ N(0, init_scale^2); 0 starts at the origin (reproductions), 0.01 in DeepMind's code.
+        distribution: of the entries of W and y: ``"normal"`` is N(0, 1), the reproductions' and the
+            paper's text; ``"uniform"`` is U[0, 1], DeepMind's code.
+        init_scale: theta_0 ~ N(0, init_scale^2); 0 starts at the origin (reproductions), 0.01 in
+            DeepMind's code.
 
     Example:
         >>> run = Quadratic(dim=10).sample(4, torch.Generator().manual_seed(0))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Batch, Task, TaskRun, check_number, check_num_runs, fork_generator
+from .._checks import check_num_runs, check_number
+from ._base import Batch, Task, TaskRun, fork_generator
 
 __all__ = ["RandomScaling", "WithConvex"]
 
@@ -61,13 +62,14 @@ class RandomScaling(Task):
 
     def __init__(self, task: Task, bound: float = 3.0) -> None:
         check_number("bound", bound, minimum=0)
+        check_task(task)
         self.task, self.bound = task, bound
 
     def config(self) -> dict[str, Any]:
         return {"task": repr(self.task), "bound": self.bound}
 
     def held_out(self) -> Task:
-        """The task without the scaling: it is an augmentation, and selection looks at the real task."""
+        """The task without the scaling, which is an augmentation."""
         return self.task.held_out()
 
     def sample(
@@ -104,13 +106,14 @@ class _ConvexRun(_WrappedRun):
 class WithConvex(Task):
     """The task's loss plus mean_i clip((c_i x_i - a_i)^2, 0, 10) over ``num`` extra coordinates.
 
-    a ~ U(-1, 1) per run, x_0 = 0; the extra coordinates follow the task's own in the flat vector. The gradient is
-    zero where the clip is active.
+    a ~ U(-1, 1) per run, x_0 = 0; the extra coordinates follow the task's own in the flat vector.
+    The gradient is zero where the clip is active.
 
     Args:
         task: the task to extend.
         num: number of extra coordinates.
-        bound: random scaling of the extra coordinates, c = exp(U(-bound, bound)); the authors use 1, 0 is none.
+        bound: random scaling of the extra coordinates, c = exp(U(-bound, bound)); the authors use
+            1, 0 is none.
 
     Example:
         >>> task = WithConvex(Quadratic(dim=3), num=20)
@@ -121,6 +124,7 @@ class WithConvex(Task):
     def __init__(self, task: Task, num: int = 20, bound: float = 0.0) -> None:
         check_number("num", num, minimum=1, integer=True)
         check_number("bound", bound, minimum=0)
+        check_task(task)
         self.task, self.num, self.bound = task, num, bound
 
     def config(self) -> dict[str, Any]:
@@ -144,3 +148,9 @@ class WithConvex(Task):
             "scale": torch.exp((2 * uniform - 1) * self.bound),
         }
         return _ConvexRun(inner, tensors, fork_generator(generator))
+
+
+def check_task(task: object) -> None:
+    """Refuse what is no task, naming the argument."""
+    if not isinstance(task, Task):
+        raise TypeError(f"task must be a fastl2o.meta.tasks.Task to build on, got {task!r}")

@@ -1,0 +1,32 @@
+"""Checks of arguments: each error names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+__all__ = ["check_choice", "check_num_runs", "check_number"]
+
+
+def check_num_runs(num_runs: int) -> None:
+    """Refuse a batch without runs, naming the argument."""
+    if isinstance(num_runs, bool) or not isinstance(num_runs, int) or num_runs < 1:
+        raise ValueError(f"num_runs must be an int of at least 1, got {num_runs!r}")
+
+
+def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Refuse ``value`` unless it is one of ``accepted``, listing them."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+
+
+def check_number(
+    name: str, value: object, *, minimum: float, exclusive: bool = False, integer: bool = False
+) -> None:
+    """Refuse ``value`` unless it is a finite number (or int) at or above ``minimum``."""
+    kinds: tuple[type, ...] = (int,) if integer else (int, float)
+    kind = "an int" if integer else "a finite number"
+    bound = f"above {minimum}" if exclusive else f"of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {kind} {bound}, got {value!r}")
+    number = float(value)  # type: ignore[arg-type]
+    inside = minimum < number if exclusive else minimum <= number
+    if not inside or number == float("inf"):
+        raise ValueError(f"{name} must be {kind} {bound}, got {value!r}")

@@ -1,0 +1,208 @@
+"""What a recipe may hold: its keys, their types, and the checks that name what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ._checks import check_number
+from .tasks import MLPClassification, Quadratic, Task
+
+__all__ = ["OPTIMIZERS", "TASKS", "RecipeError", "check_recipe", "naming"]
+
+Keys = dict[str, tuple[type, ...]]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the key and what is accepted."""
+
+
+TASKS: dict[str, tuple[Callable[..., Task], Keys]] = {
+    "quadratic": (Quadratic, {"dim": (int,), "distribution": (str,), "init_scale": (int, float)}),
+    "mlp": (
+        MLPClassification,
+        {
+            "data": (str,),
+            "hidden": (list,),
+            "activation": (str,),
+            "batch_size": (int,),
+            "init_scale": (int, float, str),
+            "split": (str,),
+            "fraction": (int, float),
+        },
+    ),
+}
+_TASK_KEYS: Keys = {
+    "kind": (str,),
+    "weight": (int, float),
+    "convex": (int,),
+    "convex_scaling": (int, float),
+    "scaling": (int, float),
+}
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Keys]] = {
+    "adam": (torch.optim.Adam, {"lr": (int, float), "betas": (list,), "eps": (int, float)}),
+    "adamw": (
+        torch.optim.AdamW,
+        {"lr": (int, float), "betas": (list,), "eps": (int, float), "weight_decay": (int, float)},
+    ),
+    "sgd": (torch.optim.SGD, {"lr": (int, float), "momentum": (int, float)}),
+}
+_SCHEDULE_KEYS: Keys = {
+    "kind": (str,),
+    "warmup": (int,),
+    "final": (int, float),
+    "total": (int,),
+}
+_ESTIMATOR_KEYS: Keys = {
+    "unroll": (int,),
+    "objective": (str,),
+    "final_term": (bool,),
+    "second_order": (bool,),
+}
+_TRAINER_KEYS: Keys = {
+    "horizon": (int, list),
+    "runs": (int,),
+    "groups": (int,),
+    "clip_grad": (int, float),
+    "divergence": (int, float),
+}
+_VALIDATION_KEYS: Keys = {
+    "every": (int,),
+    "runs": (int,),
+    "horizon": (int,),
+    "metric": (str,),
+    "seed": (int,),
+    "tasks": (list,),
+}
+_IMITATION_KEYS: Keys = {"probability": (int, float), "lr": (int, float)}
+_TOP_KEYS: Keys = {
+    "name": (str,),
+    "description": (str,),
+    "seed": (int,),
+    "outer_steps": (int,),
+    "rule": (dict,),
+    "tasks": (list,),
+    "estimator": (dict,),
+    "trainer": (dict,),
+    "optimizer": (dict,),
+    "schedule": (dict,),
+    "validation": (dict,),
+    "imitation": (dict,),
+    "card": (dict,),
+}
+_REQUIRED = ("name", "outer_steps", "rule", "tasks")
+_NAMES = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def check_recipe(source: str, table: dict[str, Any]) -> None:
+    """Check a parsed recipe's keys and types, and that nothing it needs is missing.
+
+    Raises:
+        RecipeError: naming the recipe, the key and what is accepted.
+    """
+    _check_table(source, "", table, _TOP_KEYS)
+    for key in _REQUIRED:
+        if key not in table:
+            raise RecipeError(
+                f"{source}: the key {key!r} is missing; a recipe needs {', '.join(_REQUIRED)}"
+            )
+    _check_rule(source, table["rule"])
+    _check_tasks(source, "tasks", table["tasks"])
+    tables = {
+        "estimator": _ESTIMATOR_KEYS,
+        "trainer": _TRAINER_KEYS,
+        "schedule": _SCHEDULE_KEYS,
+        "validation": _VALIDATION_KEYS,
+        "imitation": _IMITATION_KEYS,
+    }
+    for name, known in tables.items():
+        if name in table:
+            _check_table(source, name, table[name], known)
+    if "tasks" in table.get("validation", {}):
+        _check_tasks(source, "validation.tasks", table["validation"]["tasks"])
+    _check_optimizer(source, table.get("optimizer", {}))
+    for key in ("seed", "outer_steps"):
+        with naming(source, key):
+            check_number(key, table.get(key, 0), minimum=0, integer=True)
+
+
+@contextmanager
+def naming(source: str, where: str) -> Iterator[None]:
+    """Make refusals of values inside the block say where in the recipe the value stands."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{source}, {where}: {error}") from error
+
+
+def _check_rule(source: str, rule: dict[str, Any]) -> None:
+    from ..rules import FAMILIES
+
+    family = rule.get("family")
+    if family not in FAMILIES:
+        raise RecipeError(
+            f"{source}: rule.family must be one of {', '.join(sorted(FAMILIES))}; got {family!r}"
+        )
+    known = {key: (object,) for key in FAMILIES[family].__init__.__annotations__ if key != "return"}
+    _check_table(source, "rule", rule, {"family": (str,), **known})
+
+
+def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
+    if not tasks:
+        raise RecipeError(
+            f"{source}: {where} is empty; give at least one [[{where}]] table with a kind"
+        )
+    for index, task in enumerate(tasks):
+        place = f"{where}[{index}]"
+        if not isinstance(task, dict):
+            raise RecipeError(
+                f"{source}: {place} must be a table, written [[{where}]]; got {task!r}"
+            )
+        kind = task.get("kind")
+        if kind not in TASKS:
+            raise RecipeError(
+                f"{source}: {place}.kind must be one of {', '.join(TASKS)}; got {kind!r}"
+            )
+        _check_table(source, place, task, {**_TASK_KEYS, **TASKS[kind][1]})
+
+
+def _check_optimizer(source: str, table: dict[str, Any]) -> None:
+    name = table.get("name", "adam")
+    if name not in OPTIMIZERS:
+        raise RecipeError(
+            f"{source}: optimizer.name must be one of {', '.join(OPTIMIZERS)}; got {name!r}"
+        )
+    _check_table(source, "optimizer", table, {"name": (str,), **OPTIMIZERS[name][1]})
+
+
+def _check_table(
+    source: str, where: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]
+) -> None:
+    for key, value in table.items():
+        place = f"{where}.{key}" if where else key
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RecipeError(
+                f"{source}: unknown key {place!r}; {hint}known keys here are {', '.join(known)}"
+            )
+        kinds = known[key]
+        # TOML's true is Python's True, which is an int: it is only a bool here.
+        if object not in kinds and (
+            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        ):
+            accepted = " or ".join(dict.fromkeys(_NAMES[kind] for kind in kinds))
+            raise RecipeError(f"{source}: {place} must be {accepted}, got {value!r}")

@@ -1,0 +1,280 @@
+"""The meta-gradient of a window: fused against autograd, truncation, objectives, imitation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastl2o
+from fastl2o import meta
+from fastl2o.meta.tasks import (
+    MLPClassification,
+    Quadratic,
+    RandomScaling,
+    Task,
+    TaskRun,
+    WithConvex,
+)
+from fastl2o.rules import Rule
+from tests.common import RuleCase
+
+F64 = torch.float64
+CASES = (
+    RuleCase("lstm", "lstm", {"hidden_size": 5}),
+    RuleCase(
+        "lstm-identity", "lstm", {"hidden_size": 4, "num_layers": 1, "preprocess": "identity"}
+    ),
+    RuleCase("lstm-linear", "lstm", {"num_layers": 0, "p": 5.0}),
+    RuleCase("rnnprop", "rnnprop", {"hidden_size": 4}),
+)
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+TASK = WithConvex(RandomScaling(Quadratic(dim=4), 1.0), num=3)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def begin(rule: Rule, task: Task = TASK, runs: int = 3, dtype: torch.dtype = F64) -> meta.Progress:
+    return meta.start(rule, task.sample(runs, seeded(1), dtype))
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Relative to the largest entry, as sums that cancel deserve."""
+    scale = max(expected.abs().max().item(), 1e-30)
+    assert (got - expected).abs().max().item() <= tolerance * scale
+
+
+@over_cases
+@pytest.mark.parametrize("objective", ["sum", "final", "log"])
+@pytest.mark.parametrize("final_term", [True, False], ids=["21-terms", "20-terms"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (torch.float32, 2e-5)], ids=str)
+def test_fused_window_equals_autograd(
+    case: RuleCase, objective: str, final_term: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    rule = case.make(dtype)
+    results = {}
+    for path in ("fused", "autograd"):
+        estimator = meta.TruncatedBPTT(6, objective, final_term, path)
+        progress = begin(rule, dtype=dtype)
+        # The second window starts from a state and a step count that are not zero.
+        results[path] = [estimator.window(rule, progress, lr=0.7, weight_decay=0.1) for _ in "ab"]
+    for fused, eager in zip(results["fused"], results["autograd"], strict=True):
+        assert_near(fused.gradient, eager.gradient, tolerance)
+        assert_near(fused.losses, eager.losses, tolerance)
+        assert_near(fused.loss, eager.loss, 10 * tolerance)
+
+
+@over_cases
+def test_float32_window_is_near_float64(case: RuleCase) -> None:
+    gradients = []
+    for dtype in (F64, torch.float32):
+        rule = case.make(dtype)
+        run = Quadratic(dim=5).sample(4, seeded(), F64)
+        run.tensors = {name: tensor.to(dtype) for name, tensor in run.tensors.items()}
+        gradients.append(meta.TruncatedBPTT(5).window(rule, meta.start(rule, run)).gradient)
+    assert_near(gradients[1].double(), gradients[0], 1e-3)
+
+
+def explicit_gradient(rule: Rule, run: TaskRun, windows: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Sum of the windows' gradients, and the losses, by a loop that shares no code with ours."""
+    weights = [parameter for _, parameter in sorted(rule.named_parameters())]
+    total = [torch.zeros_like(weight) for weight in weights]
+    params, state, taken, visited = run.params, rule.init_state(run.params, F64), 0, []
+    batch = run.next_batch()
+    visited.append(run.losses(params, batch).detach())
+    for _ in range(windows):
+        params, state, terms = params.detach(), state.detach(), []
+        for _ in range(steps):
+            at = params.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(run.losses(at, batch).sum(), at)
+            update, state = rule.reference_step(grad, state, taken)
+            params, taken = params + update, taken + 1
+            batch = run.next_batch()
+            terms.append(run.losses(params, batch))
+            visited.append(terms[-1].detach())
+        pieces = torch.autograd.grad(torch.stack(terms).sum(dim=0).mean(), weights)
+        total = [a + b for a, b in zip(total, pieces, strict=True)]
+    return torch.cat([piece.flatten() for piece in total]), torch.stack(visited)
+
+
+@over_cases
+@pytest.mark.parametrize("windows", [1, 3])
+def test_truncation_cuts_the_gradient_and_nothing_else(case: RuleCase, windows: int) -> None:
+    rule = case.make(F64)
+    task = MLPClassification("digits", hidden=(3,), batch_size=5, init_scale=0.3)
+    expected, visited = explicit_gradient(rule, task.sample(2, seeded(), F64), windows, 4)
+    progress = meta.start(rule, task.sample(2, seeded(), F64))
+    results = [meta.TruncatedBPTT(4).window(rule, progress) for _ in range(windows)]
+    names = rule.unflatten(torch.stack([result.gradient for result in results]).sum(dim=0))
+    got = torch.cat([gradient.flatten() for _, gradient in sorted(names.items())])
+    assert_near(got, expected, 1e-10)
+    losses = torch.cat([results[0].losses[:1], *(result.losses[1:] for result in results)])
+    assert_near(losses, visited, 1e-12)
+
+
+def test_a_window_is_not_two_shorter_windows() -> None:
+    rule = CASES[0].make(F64)
+    whole = meta.TruncatedBPTT(6).window(rule, begin(rule)).gradient
+    progress = begin(rule)
+    halves = sum(meta.TruncatedBPTT(3).window(rule, progress).gradient for _ in range(2))
+    assert (whole - halves).norm() > 1e-3 * whole.norm()
+
+
+class Counting(Quadratic):
+    """A quadratic whose runs count their evaluations."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> TaskRun:
+        run = super().sample(*args, **kwargs)
+        inner, self.count = run.loss_and_grad, 0
+
+        def counted(params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+            self.count += 1
+            return inner(params, batch)
+
+        run.loss_and_grad = counted
+        return run
+
+
+@pytest.mark.parametrize("objective", ["sum", "log"])
+def test_no_evaluation_is_spent_on_the_meta_gradient(objective: str) -> None:
+    rule, task = CASES[0].make(), Counting(dim=3)
+    progress = begin(rule, task, dtype=torch.float32)
+    for _ in range(3):
+        meta.TruncatedBPTT(5, objective).window(rule, progress)
+    # One at each of the 16 visited points: the window's last evaluation opens the next window.
+    assert task.count == 16
+    assert progress.step == 15
+
+
+@pytest.mark.parametrize("path", ["fused", "autograd"])
+@pytest.mark.parametrize("objective", ["sum", "final", "log"])
+def test_gradient_does_not_depend_on_the_number_of_runs(path: str, objective: str) -> None:
+    rule = CASES[0].make(F64)
+    estimator = meta.TruncatedBPTT(5, objective, path=path)
+    one = Quadratic(dim=3).sample(1, seeded(), F64)
+    four = Quadratic(dim=3).sample(4, seeded(), F64)
+    four.tensors = {name: tensor.repeat_interleave(4, 0) for name, tensor in one.tensors.items()}
+    alone, together = (estimator.window(rule, meta.start(rule, run)) for run in (one, four))
+    assert_near(together.gradient, alone.gradient, 1e-12)
+    assert_near(together.loss, alone.loss, 1e-12)
+
+
+@over_cases
+@pytest.mark.parametrize("objective", ["sum", "final", "log"])
+def test_second_order_is_the_derivative_of_the_loss(case: RuleCase, objective: str) -> None:
+    rule = case.make(F64)
+    estimator = meta.TruncatedBPTT(4, objective, second_order=True)
+    assert estimator.path == "autograd"
+    gradient = estimator.window(rule, begin(rule)).gradient
+    direction = torch.randn(gradient.shape, generator=seeded(5), dtype=F64)
+    direction /= direction.norm()
+    pieces, values, step = rule.unflatten(direction), [], 1e-5
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, parameter in rule.named_parameters():
+                parameter.add_(pieces[name], alpha=sign * step)
+        values.append(meta.TruncatedBPTT(4, objective).window(rule, begin(rule)).loss)
+    measured = (values[0] - values[1]) / (2 * step)
+    torch.testing.assert_close(gradient @ direction, measured, rtol=1e-5, atol=1e-7)
+
+
+def test_unroll_gradient_names_the_parameters_and_leaves_the_rule_alone() -> None:
+    rule = CASES[3].make(F64)
+    before = [parameter.clone() for parameter in rule.parameters()]
+    run = TASK.sample(2, seeded(), F64)
+    start_params = run.params.clone()
+    grads, losses = meta.unroll_gradient(rule, run, steps=7)
+    assert losses.shape == (8, 2)
+    assert {name: grad.shape for name, grad in grads.items()} == {
+        name: parameter.shape for name, parameter in rule.named_parameters()
+    }
+    expected, _ = explicit_gradient(rule, TASK.sample(2, seeded(), F64), 1, 7)
+    got = torch.cat([gradient.flatten() for _, gradient in sorted(grads.items())])
+    assert_near(got, expected, 1e-10)
+    assert all(parameter.grad is None for parameter in rule.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, rule.parameters(), strict=True))
+    assert torch.equal(run.params, start_params)
+
+
+def test_estimator_refuses_impossible_arguments() -> None:
+    for arguments, message in (
+        ({"unroll": 0}, "unroll must be"),
+        ({"unroll": 2.0}, "unroll must be an int"),
+        ({"objective": "mean"}, "'sum', 'final', 'log'; got 'mean'"),
+        ({"path": "jit"}, "'fused', 'autograd'"),
+        ({"unroll": 1, "final_term": False}, "leaves no loss"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            meta.TruncatedBPTT(**arguments)
+    rule = CASES[0].make()
+    with pytest.raises(ValueError, match="steps must be"):
+        meta.run_window(rule, begin(rule, dtype=torch.float32), 0)
+
+
+@over_cases
+def test_imitation_gradient_is_autograds_and_follows_adam(
+    case: RuleCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks smaller than the number of coordinates, and not dividing it.
+    monkeypatch.setattr("fastl2o.meta.imitation._BLOCK", 5)
+    rule, imitation = case.make(F64), meta.Imitation(lr=0.05)
+    progress = begin(rule)
+    moments = imitation.moments(progress)
+    results = [imitation.window(rule, progress, moments, 4) for _ in range(2)]
+
+    run = TASK.sample(3, seeded(1), F64)
+    params = run.params.clone().requires_grad_()
+    adam = torch.optim.Adam([params], lr=0.05)
+    state, weights = rule.init_state(params, F64), list(rule.parameters())
+    batch, taken = run.next_batch(), 0
+    for result in results:
+        state, misfit = state.detach(), 0.0
+        for _ in range(4):
+            adam.zero_grad()
+            run.losses(params, batch).sum().backward()
+            before = params.detach().clone()
+            adam.step()
+            update, state = rule.reference_step(params.grad.clone(), state, taken)
+            misfit = misfit + 0.5 * (params.detach() - before - update).square().mean()
+            batch, taken = run.next_batch(), taken + 1
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(misfit, weights)])
+        assert_near(result.gradient, expected, 1e-9)
+        torch.testing.assert_close(result.loss, misfit.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(progress.params, params.detach(), rtol=1e-9, atol=1e-12)
+
+
+class Square(Task):
+    """f(x) = x^2 from x_0 = 1."""
+
+    class Run(TaskRun):
+        def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
+            return params.square().sum()
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        return self.Run({"params": torch.ones(num_runs, 1, dtype=dtype)}, torch.Generator())
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
+def test_square_is_solved_by_a_linear_rule() -> None:
+    """The smallest published self-test: convergence_test.py in deepmind/learning-to-learn."""
+    rule = fastl2o.LSTMRule(num_layers=0, preprocess="identity", output_scale=1.0)
+    with torch.no_grad():
+        for parameter in rule.parameters():
+            parameter.zero_()
+    trainer = meta.MetaTrainer(
+        rule,
+        [Square()],
+        optimizer=torch.optim.Adam(rule.parameters(), lr=1e-2),
+        runs=1,
+        progress=False,
+    )
+    trainer.fit(2500)  # 500 runs of 100 steps, 5 windows of 20 each
+    assert meta.run_losses(rule, Square(), runs=1, horizon=100)[-1].item() < 1e-5
