@@ -1,9 +1,8 @@
-"""Rule files: meta-parameters as safetensors, with the rule's family, config and card in the
-metadata.
+"""Rule files: meta-parameters as safetensors, with family, config and card in the metadata.
 
-The metadata, all strings as safetensors demands: `format` ("fastl2o-rule"), `format_version`,
-`family`, and `config` and `card` as JSON. Nothing is unpickled. A file is written beside its
-destination and renamed over it, so that a full disk or a kill leaves the previous one as it was.
+The metadata has one entry, `fastl2o-rule`, a JSON object with `format_version`, `family`, `config`
+and `card`. Nothing is unpickled. A file is written beside its destination and renamed over it, so
+that a full disk or a kill leaves the previous one as it was.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that at any moment `path` holds either all of the old or all of the
-    new content.
+    """Write `data` to `path`, which at any moment holds all of the old or all of the new content.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the previous file is untouched.
@@ -82,20 +80,20 @@ def save_rule(
         )
     tensors = {name: value.detach().cpu().contiguous() for name, value in rule.named_parameters()}
     _check_values(tensors, "rule")
+    header = {
+        "format_version": FORMAT_VERSION,
+        "family": rule.family,
+        "config": rule.config(),
+        "card": dict(card or {}),
+    }
     try:
-        card_text = json.dumps(dict(card or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"Invalid card: {error}; pass a mapping of strings, finite numbers and lists"
         ) from error
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "family": rule.family,
-        "config": json.dumps(rule.config()),
-        "card": card_text,
-    }
-    atomic_write(path, save_tensors(tensors, metadata=metadata))
+    # One entry, because safetensors writes several in any order: equal rules make equal files.
+    atomic_write(path, save_tensors(tensors, metadata={FORMAT: text}))
 
 
 def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> Rule:
@@ -132,30 +130,24 @@ def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> 
 
 def read_card(path: Path) -> dict[str, Any]:
     """The card of a rule file, which is checked only as far as its metadata."""
-    metadata = _read_metadata(path.read_bytes(), str(path))
-    return _json_object(metadata, "card", str(path))
+    return _entry(_read_header(path.read_bytes(), str(path)), "card", str(path))
 
 
 def _parse_rule(data: bytes, path: str, family: str | None) -> Rule:
-    metadata = _read_metadata(data, path)
-    found = metadata.get("family")
-    if found not in FAMILIES:
-        raise ValueError(
-            f"{path}: unknown rule family {found!r}; this version knows "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
+    header = _read_header(data, path)
+    found = header.get("family")
+    if not isinstance(found, str) or found not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{path}: unknown rule family {found!r}; this version knows {known}")
     if family is not None and found != family:
         raise ValueError(
-            f"{path}: holds a rule of family {found!r}, expected {family!r}; pass a file of that "
-            "family"
+            f"{path}: holds a rule of family {found!r}, expected {family!r}; pass a file of that"
         )
-    card = _json_object(metadata, "card", path)
+    card, config = _entry(header, "card", path), _entry(header, "config", path)
     try:
         with torch.device("meta"):  # draws no random numbers from the caller's generator
-            rule = from_config(found, _json_object(metadata, "config", path))
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except ValueError as error:
+            rule = from_config(found, config)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:
         tensors = load_tensors(data)
@@ -170,50 +162,43 @@ def _parse_rule(data: bytes, path: str, family: str | None) -> Rule:
     return rule
 
 
-def _read_metadata(data: bytes, path: str) -> dict[str, str]:
-    """The metadata of a rule file: 8 bytes of header length, then a JSON header, then the
-    tensors."""
+def _read_header(data: bytes, path: str) -> dict[str, Any]:
+    """Our entry of a safetensors file: 8 bytes of header length, a JSON header, the tensors."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 10 or not data[8:9] == b"{":
+    if len(data) < 10 or data[8:9] != b"{":
         raise ValueError(
             f"{path}: not a safetensors file; pass a file that was written by rule.save"
         )
     if 8 + length > len(data):
         raise ValueError(
-            f"{path}: truncated: {len(data)} bytes, its header alone has {length}; copy or save it "
-            "again"
+            f"{path}: truncated: {len(data)} bytes, and its header alone has {length}; copy or "
+            "save it again"
         )
     try:
-        header = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__")
+        text = metadata.get(FORMAT) if isinstance(metadata, dict) else None
+        header = None if text is None else json.loads(text)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: its safetensors header is damaged ({error}); copy or save it again"
+            f"{path}: its header is damaged ({error}); copy or save it again"
         ) from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(header, dict):
         raise ValueError(
             f"{path}: a safetensors file, but not a rule; pass a file that was written by "
-            "rule.save, or convert arrays "
-            "with fastl2o.convert"
+            "rule.save, or convert arrays with fastl2o.convert"
         )
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    if header.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: written in format version {metadata.get('format_version')}, this version of "
-            "fastl2o reads "
-            f"version {FORMAT_VERSION}; install the version of fastl2o that wrote it"
+            f"{path}: written in format version {header.get('format_version')!r}, this fastl2o "
+            f"reads version {FORMAT_VERSION}; install the version that wrote it"
         )
-    return metadata
+    return header
 
 
-def _json_object(metadata: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata[key])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the metadata entry {key!r} is missing or no JSON ({error}); save it again"
-        ) from error
+def _entry(header: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
+    value = header.get(key)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: the metadata entry {key!r} is no JSON object; save it again")
+        raise ValueError(f"{path}: {key} in its header is missing or no JSON object; save it again")
     return value
 
 

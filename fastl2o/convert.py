@@ -116,16 +116,17 @@ def from_sonnet(
     sign = -float(update_sign) if is_rnnprop else 1.0
     state["readout.weight"] = sign * _tensor(source["linear/w"].T, dtype)
     state["readout.bias"] = sign * _tensor(source["linear/b"], dtype)
+    if is_rnnprop:
+        projection = source["input_projection/w"]
+        rows = projection if input_order == "gradient_first" else projection[::-1]
+        state["projection.weight"] = _tensor(rows.T, dtype)
+        state["projection.bias"] = _tensor(source["input_projection/b"], dtype)
     rule: LSTMRule | RNNPropRule
     with torch.device("meta"):  # draws no random numbers from the caller's generator
         if is_rnnprop:
             rule = RNNPropRule(
                 hidden_size, num_layers, beta1=beta1, beta2=beta2, step_size=step_size
             )
-            projection = source["input_projection/w"]
-            rows = projection if input_order == "gradient_first" else projection[::-1]
-            state["projection.weight"] = _tensor(rows.T, dtype)
-            state["projection.bias"] = _tensor(source["input_projection/b"], dtype)
         else:
             rule = LSTMRule(
                 hidden_size if num_layers else 1,

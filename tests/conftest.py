@@ -11,11 +11,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 hypothesis.settings.register_profile(
     "fastl2o", derandomize=True, deadline=None, max_examples=60, database=None
 )
 hypothesis.settings.load_profile("fastl2o")
+# Cached at its first call: it must hold torch's own functions, not the wrappers made below.
+_device_constructors()
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

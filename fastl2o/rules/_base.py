@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -316,6 +315,6 @@ def check_number(name: str, value: object, accepted: str, low: float, high: floa
     `accepted` says which."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Invalid {name}: {value!r}; pass a number {accepted}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN and infinities are outside of finite bounds
         raise ValueError(f"Invalid {name}: {value}; pass a number {accepted}")
     return float(value)
