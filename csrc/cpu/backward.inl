@@ -5,10 +5,6 @@ inline constexpr int kTransposedBlock = FASTL2O_WIDTH == 16 ? 8 : 4;
 // Columns of the weight gradient per block, beside four rows: fills the accumulators.
 inline constexpr int kGradientColumns = FASTL2O_WIDTH == 16 ? 6 : 2;
 
-FASTL2O_INLINE int64_t packed_backward_floats(const RuleConfig& config) {
-  return packed_forward_floats(config);  // the same weights without the biases fit in this
-}
-
 // Blocks of columns of one matrix (rows, columns) of weights: within a block all rows in order.
 static float* pack_columns(const float* matrix, int rows, int columns, float* packed) {
   for (int first = 0; first < columns;) {
@@ -20,6 +16,7 @@ static float* pack_columns(const float* matrix, int rows, int columns, float* pa
   return packed;
 }
 
+// The same weights as the forward ones, without the biases, so no longer.
 static void pack_backward(const RuleConfig& config, const float* meta, float* packed) {
   const MetaLayout layout(config);
   const int rows = 4 * config.hidden_size;

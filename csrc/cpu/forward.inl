@@ -6,7 +6,7 @@ inline constexpr int kLanes = V * kWidth;
 
 // Rows of the packed forward weights: for each block of units, the bias and then, for each input
 // and each hidden value k, the weights of gates i, f, g, o of each unit of the block. So the inner
-// product reads them in order. `unit_block` is how many units a block holds.
+// product reads them in order. They carry the scale that makes a preactivation an exponent of two.
 FASTL2O_INLINE int64_t packed_forward_floats(const RuleConfig& config) {
   int64_t total = 0;
   for (int layer = 0; layer < config.num_layers; ++layer)
@@ -28,15 +28,33 @@ static void pack_forward(const RuleConfig& config, const float* meta, float* pac
         for (int u = 0; u < units; ++u)
           for (int gate = 0; gate < 4; ++gate) {
             const int row = gate * hidden + unit + u;
-            *packed++ = k < 0         ? bias[row]
-                        : k < inputs ? weight_ih[int64_t(row) * inputs + k]
-                                     : weight_hh[int64_t(row) * hidden + k - inputs];
+            const float value = k < 0        ? bias[row]
+                                : k < inputs ? weight_ih[int64_t(row) * inputs + k]
+                                             : weight_hh[int64_t(row) * hidden + k - inputs];
+            *packed++ = value * (gate == 2 ? kTanhScale : kSigmoidScale);
           }
     }
   }
 }
 
-// Where the unroll keeps what the backward pass needs of one layer; null planes in the live step.
+// Rows of a tile's lanes, `stride` floats apart: a buffer, or the planes of a tensor's state itself.
+struct Rows {
+  float* base;
+  int64_t stride;
+
+  FASTL2O_INLINE float* at(int row, int v) const { return base + row * stride + v * kWidth; }
+};
+
+// Where one layer's old and new state live. `h_next` is contiguous, for the layers above to read.
+struct LayerState {
+  const float* h_in;  // (H) rows of kLanes
+  Rows c_in;
+  Rows c_out;         // may be c_in
+  float* h_next;      // (H) rows of kLanes
+  Rows h_out;         // the live step's state; unused when recording
+};
+
+// Where the unroll keeps what the backward pass needs of one layer; unused by the live step.
 struct GatePlanes {
   float* gates = nullptr;   // (4, H): i, f, candidate, o
   float* tanh_c = nullptr;  // (H)
@@ -57,69 +75,96 @@ FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, cons
   }
 }
 
-// Gates and state of U units: c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c').
-// Products of two activations share one reciprocal. `record` also keeps the activations; c' and h'
-// are computed by the same operations either way, so a replay repeats the live step's bits.
+// The gates of U units from their scaled preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g),
+// over one common denominator, and the denominator of sigmoid(o) into h_next for outputs() below.
+// `record` also keeps the activations; c' is computed by the same operations either way, so a
+// replay repeats the live step's bits.
 template <int V, int U, bool record>
-FASTL2O_INLINE void cell(const Vec (&sum)[4 * U][V], const float* c_in, float* c_out, float* h_out,
-                         int hidden, int unit, const GatePlanes& planes) {
+FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, int hidden, int unit,
+                          const GatePlanes& planes) {
   constexpr int lanes = kLanes<V>;
 #pragma GCC unroll 2
   for (int u = 0; u < U; ++u) {
-    Vec c[V], output_denominator[V];
+    Vec exponents[3 * V], denominators[3 * V], candidate_exponents[V], candidates[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const int at = (unit + u) * lanes + v * kWidth;
-      const Vec input_denominator = sigmoid_denominator(sum[4 * u][v]);
-      const Vec forget = reciprocal(sigmoid_denominator(sum[4 * u + 1][v]));
-      const Vec candidate_numerator = tanh_numerator(sum[4 * u + 2][v]);
-      output_denominator[v] = sigmoid_denominator(sum[4 * u + 3][v]);
-      const Vec shared = reciprocal(input_denominator * (candidate_numerator + 2.0f));
-      c[v] = fma(forget, load(c_in + at), candidate_numerator * shared);
-      store(c_out + at, c[v]);
-      if constexpr (record) {
-        store(planes.gates + at, reciprocal(input_denominator));
-        store(planes.gates + hidden * lanes + at, forget);
-        store(planes.gates + 2 * hidden * lanes + at,
-              candidate_numerator * reciprocal(candidate_numerator + 2.0f));
-        store(planes.gates + 3 * hidden * lanes + at, reciprocal(output_denominator[v]));
-      }
+      exponents[v] = sum[4 * u][v];
+      exponents[V + v] = sum[4 * u + 1][v];
+      exponents[2 * V + v] = sum[4 * u + 3][v];
+      candidate_exponents[v] = sum[4 * u + 2][v];
     }
+    sigmoid_denominators(exponents, denominators);
+    tanh_numerators(candidate_exponents, candidates);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const int at = (unit + u) * lanes + v * kWidth;
-      const Vec numerator = tanh_numerator(c[v]);
-      store(h_out + at, numerator * reciprocal(output_denominator[v] * (numerator + 2.0f)));
-      if constexpr (record) store(planes.tanh_c + at, numerator * reciprocal(numerator + 2.0f));
+      const Vec m = candidates[v], forget = denominators[V + v];
+      const Vec input = denominators[v] * (m + 2.0f);
+      const Vec c = fma(load(state.c_in.at(unit + u, v)), input, m * forget) * reciprocal(input * forget);
+      store(state.c_out.at(unit + u, v), c);
+      store(state.h_next + at, denominators[2 * V + v]);
+      if constexpr (record) {
+        store(planes.gates + at, reciprocal(denominators[v]));
+        store(planes.gates + hidden * lanes + at, reciprocal(forget));
+        store(planes.gates + 2 * hidden * lanes + at, m * reciprocal(m + 2.0f));
+        store(planes.gates + 3 * hidden * lanes + at, reciprocal(denominators[2 * V + v]));
+      }
     }
   }
 }
 
-// One layer: x (inputs rows) and h_in (hidden rows) to c_out, h_out. c_out may be c_in.
+// h' = sigmoid(o) tanh(c') for U units.
+template <int V, int U, bool record>
+FASTL2O_INLINE void outputs(const LayerState& state, int unit, const GatePlanes& planes) {
+  Vec exponents[U * V], m[U * V];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) exponents[u * V + v] = load(state.c_out.at(unit + u, v)) * kTanhScale;
+  tanh_numerators(exponents, m);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int at = (unit + u) * kLanes<V> + v * kWidth;
+      const Vec numerator = m[u * V + v];
+      const Vec h = numerator * reciprocal(load(state.h_next + at) * (numerator + 2.0f));
+      store(state.h_next + at, h);
+      if constexpr (record)
+        store(planes.tanh_c + at, numerator * reciprocal(numerator + 2.0f));
+      else
+        store(state.h_out.at(unit + u, v), h);
+    }
+}
+
+// Scaled preactivations of U units, then their gates.
+template <int V, int U, bool record>
+FASTL2O_INLINE const float* unit_block(const float* weights, const float* x, int inputs,
+                                       const LayerState& state, int hidden, int unit,
+                                       const GatePlanes& planes) {
+  Vec sum[4 * U][V];
+  for (int r = 0; r < 4 * U; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
+  weights += 4 * U;
+  accumulate<V, U>(sum, weights, x, inputs);
+  accumulate<V, U>(sum, weights, state.h_in, hidden);
+  gates<V, U, record>(sum, state, hidden, unit, planes);
+  return weights;
+}
+
+// One layer: x (inputs rows) and the old state to the new state.
 template <int V, bool record>
-static const float* layer_forward(const float* weights, const float* x, int inputs, const float* h_in,
-                                  const float* c_in, float* c_out, float* h_out, int hidden,
-                                  const GatePlanes& planes, Prefetch& prefetch) {
+static const float* layer_forward(const float* weights, const float* x, int inputs, const LayerState& state,
+                                  int hidden, const GatePlanes& planes, Prefetch& prefetch) {
   int unit = 0;
   for (; unit + kUnitBlock <= hidden; unit += kUnitBlock) {
     prefetch.advance();
-    Vec sum[4 * kUnitBlock][V];
-    for (int r = 0; r < 4 * kUnitBlock; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
-    weights += 4 * kUnitBlock;
-    accumulate<V, kUnitBlock>(sum, weights, x, inputs);
-    accumulate<V, kUnitBlock>(sum, weights, h_in, hidden);
-    cell<V, kUnitBlock, record>(sum, c_in, c_out, h_out, hidden, unit, planes);
+    weights = unit_block<V, kUnitBlock, record>(weights, x, inputs, state, hidden, unit, planes);
   }
-  for (; unit < hidden; ++unit) {
-    Vec sum[4][V];
-    for (int r = 0; r < 4; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
-    weights += 4;
-    accumulate<V, 1>(sum, weights, x, inputs);
-    accumulate<V, 1>(sum, weights, h_in, hidden);
-    cell<V, 1, record>(sum, c_in, c_out, h_out, hidden, unit, planes);
-  }
+  for (; unit < hidden; ++unit)
+    weights = unit_block<V, 1, record>(weights, x, inputs, state, hidden, unit, planes);
+  for (unit = 0; unit + 2 <= hidden; unit += 2) outputs<V, 2, record>(state, unit, planes);
+  for (; unit < hidden; ++unit) outputs<V, 1, record>(state, unit, planes);
   return weights;
 }
 

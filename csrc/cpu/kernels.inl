@@ -16,13 +16,13 @@ inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
 #include "backward.inl"
 #include "unroll.inl"
 
-static int64_t packed_floats(const RuleConfig& config) {
-  return packed_forward_floats(config) + packed_backward_floats(config);
+static int64_t packed_floats(const RuleConfig& config, bool backward) {
+  return packed_forward_floats(config) * (backward ? 2 : 1);
 }
 
-static void pack(const RuleConfig& config, const float* meta, float* packed) {
+static void pack(const RuleConfig& config, bool backward, const float* meta, float* packed) {
   pack_forward(config, meta, packed);
-  pack_backward(config, meta, packed + packed_forward_floats(config));
+  if (backward) pack_backward(config, meta, packed + packed_forward_floats(config));
 }
 
 }  // namespace fastl2o::cpu::FASTL2O_ISA

@@ -88,19 +88,13 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
   const int lanes = kernels.step_tile;
   const int64_t tiles = (starts.back() + lanes - 1) / lanes;
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
-    std::vector<Segment> now(lanes), next(lanes);
+    std::vector<Segment> segments(lanes);
     size_t tensor = owner_of(starts, begin * lanes);
-    int next_count = fill_segments(tensors, starts, begin * lanes, lanes, tensor, next.data());
     for (int64_t tile = begin; tile < end; ++tile) {
-      std::swap(now, next);
-      const int count = next_count;
-      tensor = size_t(now[count - 1].tensor - tensors.data());
-      const bool more = tile + 1 < end;
-      next_count =
-          more ? fill_segments(tensors, starts, (tile + 1) * lanes, lanes,
-                               tensor + (starts[tensor + 1] == (tile + 1) * lanes), next.data())
-               : 0;
-      kernels.step(context, {now.data(), count, more ? next.data() : nullptr});
+      const int count = fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments.data());
+      kernels.step(context, {segments.data(), count});
+      tensor = size_t(segments[count - 1].tensor - tensors.data());
+      if (starts[tensor + 1] == (tile + 1) * lanes) ++tensor;
     }
   });
 }
@@ -137,8 +131,8 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
     }
   }
   if (tensors.empty()) return -1;
-  std::vector<float> packed(size_t(kernels.packed_floats(config)));
-  kernels.pack(config, meta, packed.data());
+  std::vector<float> packed(size_t(kernels.packed_floats(config, false)));
+  kernels.pack(config, false, meta, packed.data());
   for (StepTensor& tensor : tensors) {
     if (!config.is_rnnprop()) continue;
     const double t = double(*tensor.step) + 1.0;
@@ -168,8 +162,8 @@ void functional_step(const TileKernels& kernels, const RuleConfig& config, const
 
 void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const float* meta,
                      const UnrollArgs& args, const ParallelFor& parallel_for) {
-  std::vector<float> packed(size_t(kernels.packed_floats(config)));
-  kernels.pack(config, meta, packed.data());
+  std::vector<float> packed(size_t(kernels.packed_floats(config, true)));
+  kernels.pack(config, true, meta, packed.data());
   const UnrollContext context{config,        args,
                               meta,          packed.data(),
                               float(std::exp(double(config.p))),

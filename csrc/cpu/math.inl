@@ -3,65 +3,78 @@
 
 inline constexpr float kLog2E = 1.44269504f;
 
-// 2^y for y in [-126, 60], relative error 7.5e-8.
-FASTL2O_INLINE Vec exp2_clamped(Vec y) {
-  Vec n, r;
-  split(y, n, r);
-  Vec value = splat(0.0013276472632f);
-  value = fma(value, r, splat(0.00967554134312f));
-  value = fma(value, r, splat(0.0555071327186f));
-  value = fma(value, r, splat(0.240221197237f));
-  value = fma(value, r, splat(0.693146967065f));
-  value = fma(value, r, splat(1.00000007165f));
-  return scale_by_power(value, n);
-}
-
-// 2^y - 1 for y in [-126, 60]. Relative error 1.1e-8 near y = 0, where 2^y - 1 would cancel.
-FASTL2O_INLINE Vec exp2_minus_one_clamped(Vec y) {
-  Vec n, r;
-  split(y, n, r);
-  Vec value = splat(0.000154035123676f);
-  value = fma(value, r, splat(0.00133907354776f));
-  value = fma(value, r, splat(0.00961823749491f));
-  value = fma(value, r, splat(0.0555035743364f));
-  value = fma(value, r, splat(0.24022649795f));
-  value = fma(value, r, splat(0.693147187927f));
-  const Vec power = scale_by_power(splat(1.0f), n);
-  return fma(power, value * r, power - 1.0f);
-}
-
-// Exponents stop at 60 so that a product of two denominators below stays finite; sigmoid is off by
-// at most 2^-60 there and tanh is 1 to the last bit. NaN passes both clamps.
-FASTL2O_INLINE Vec clamp_exponent(Vec y) { return maximum(splat(-126.0f), minimum(splat(60.0f), y)); }
-
-// 1 + e^-x, the denominator of sigmoid(x).
-FASTL2O_INLINE Vec sigmoid_denominator(Vec x) {
+// A denominator below is at most 2^41, so a product of three is finite. sigmoid is off by at most
+// 2^-40 beyond the clamp and tanh is 1 to the last bit. NaN passes. On AVX-512 scalef underflows by
+// itself; elsewhere the exponent must stay within the format.
+inline constexpr float kMaxExponent = 40.0f;
+FASTL2O_INLINE Vec clamp_exponent(Vec y) {
 #if FASTL2O_WIDTH == 16
-  // scalef underflows by itself, so only the upper clamp is needed.
-  return exp2_clamped(minimum(splat(60.0f), x * -kLog2E)) + 1.0f;
+  return minimum(splat(kMaxExponent), y);
 #else
-  return exp2_clamped(clamp_exponent(x * -kLog2E)) + 1.0f;
+  return maximum(splat(-126.0f), minimum(splat(kMaxExponent), y));
 #endif
 }
 
-// e^2x - 1 = m, with tanh(x) = m / (m + 2): accurate relative to x near zero.
-FASTL2O_INLINE Vec tanh_numerator(Vec x) {
-#if FASTL2O_WIDTH == 16
-  return exp2_minus_one_clamped(minimum(splat(60.0f), x * (2.0f * kLog2E)));
-#else
-  return exp2_minus_one_clamped(clamp_exponent(x * (2.0f * kLog2E)));
-#endif
+// Several at a time, operation by operation: one polynomial alone would wait for its own results.
+// The factors kSigmoidScale and kTanhScale that turn x into y are folded into the packed weights.
+
+inline constexpr float kSigmoidScale = -kLog2E;
+// 1 + 2^y, the denominator of sigmoid(x) for y = -x log2(e). Relative error of 2^y 7.5e-8.
+template <int K>
+FASTL2O_INLINE void sigmoid_denominators(const Vec (&exponent)[K], Vec (&out)[K]) {
+  const float coefficients[] = {0.0089893398766f, 0.0558263182317f, 0.240153616983f, 0.693153073207f,
+                                0.999999925064f};
+  Vec y[K], r[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) y[k] = clamp_exponent(exponent[k]);
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) r[k] = above_floor(y[k]);
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) out[k] = splat(0.00187757676566f);
+#pragma GCC unroll 8
+  for (const float coefficient : coefficients)
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) out[k] = fma(out[k], r[k], splat(coefficient));
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) out[k] = scale_by_floor(out[k], y[k], r[k]) + 1.0f;
+}
+
+inline constexpr float kTanhScale = 2.0f * kLog2E;
+// m = 2^y - 1 with tanh(x) = m / (m + 2) for y = 2 x log2(e). Relative error 1.1e-8 near zero,
+// where 2^y - 1 would cancel.
+template <int K>
+FASTL2O_INLINE void tanh_numerators(const Vec (&exponent)[K], Vec (&out)[K]) {
+  const float coefficients[] = {0.00133907354776f, 0.00961823749491f, 0.0555035743364f, 0.24022649795f,
+                                0.693147187927f};
+  Vec n[K], r[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) split(clamp_exponent(exponent[k]), n[k], r[k]);
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) out[k] = splat(0.000154035123676f);
+#pragma GCC unroll 8
+  for (const float coefficient : coefficients)
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) out[k] = fma(out[k], r[k], splat(coefficient));
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) {
+    const Vec power = scale_by_power(splat(1.0f), n[k]);
+    out[k] = fma(power, out[k] * r[k], power - 1.0f);
+  }
 }
 
 FASTL2O_INLINE Vec tanh_vec(Vec x) {
-  const Vec m = tanh_numerator(x);
-  return m * reciprocal(m + 2.0f);
+  const Vec y[1] = {x * kTanhScale};
+  Vec m[1];
+  tanh_numerators(y, m);
+  return m[0] * reciprocal(m[0] + 2.0f);
 }
 
 // ELU with alpha 1, Clevert et al. (arXiv 1511.07289).
 FASTL2O_INLINE Vec elu(Vec x) {
-  const Vec negative = exp2_minus_one_clamped(clamp_exponent(minimum(splat(0.0f), x) * kLog2E));
-  return x > 0.0f ? x : negative;
+  const Vec y[1] = {minimum(splat(0.0f), x) * kLog2E};
+  Vec negative[1];
+  tanh_numerators(y, negative);
+  return x > 0.0f ? x : negative[0];
 }
 
 // Natural logarithm of x >= 0, denormals, zero, infinity and NaN included. log m = 2 atanh(s) with

@@ -29,6 +29,11 @@ FASTL2O_INLINE void split(Vec x, Vec& n, Vec& r) {
   r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   n = x - r;
 }
+// x - floor(x), and p * 2^floor(x): scalef takes the floor of its second operand by itself.
+FASTL2O_INLINE Vec above_floor(Vec x) {
+  return (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec) { return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x); }
 FASTL2O_INLINE Vec scale_by_power(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 // One Newton step on the 14-bit estimate: within 1 ulp or so for 1 <= x < 2^126.
 FASTL2O_INLINE Vec reciprocal(Vec x) {
@@ -71,6 +76,12 @@ FASTL2O_INLINE Vec scale_by_power(Vec x, Vec n) {
   const IVec exponent = __builtin_convertvector(n, IVec) + 127;
   return x * from_bits(exponent << 23);
 }
+// x less its floor; an exact tie may give 1 instead of 0, which the polynomial covers too.
+FASTL2O_INLINE Vec above_floor(Vec x) {
+  const float magic = 12582912.0f;
+  return x - (((x - 0.5f) + magic) - magic);
+}
+FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec above) { return scale_by_power(p, x - above); }
 FASTL2O_INLINE Vec reciprocal(Vec x) { return 1.0f / x; }
 FASTL2O_INLINE Vec load_some(const float* p, int count) {
   Vec v{};
@@ -98,4 +109,21 @@ struct Prefetch {
       base += plane_bytes;
     }
   }
+};
+
+// Denormals cost a hundred cycles each, and gradients of saturated networks are full of them. What
+// is flushed is below 1.2e-38. Restores the thread's own setting at the end of the scope.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+ public:
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
 };

@@ -32,15 +32,17 @@ FASTL2O_INLINE uint16_t float_to_half(float value) {
   return uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));
 }
 
+FASTL2O_INLINE void copy_floats(const float* from, int count, float* to) {
+  int i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store_some(to + i, count - i, load_some(from + i, count - i));
+}
+
 static void read_values(const void* source, DType dtype, int64_t offset, int count, float* out) {
   switch (dtype) {
-    case DType::f32: {
-      const float* from = static_cast<const float*>(source) + offset;
-      int i = 0;
-      for (; i + kWidth <= count; i += kWidth) store(out + i, load(from + i));
-      if (i < count) store_some(out + i, count - i, load_some(from + i, count - i));
+    case DType::f32:
+      copy_floats(static_cast<const float*>(source) + offset, count, out);
       return;
-    }
     case DType::f64: {
       const double* from = static_cast<const double*>(source) + offset;
       for (int i = 0; i < count; ++i) out[i] = float(from[i]);
@@ -61,13 +63,9 @@ static void read_values(const void* source, DType dtype, int64_t offset, int cou
 
 static void write_values(void* target, DType dtype, int64_t offset, int count, const float* values) {
   switch (dtype) {
-    case DType::f32: {
-      float* to = static_cast<float*>(target) + offset;
-      int i = 0;
-      for (; i + kWidth <= count; i += kWidth) store(to + i, load(values + i));
-      if (i < count) store_some(to + i, count - i, load_some(values + i, count - i));
+    case DType::f32:
+      copy_floats(values, count, static_cast<float*>(target) + offset);
       return;
-    }
     case DType::f64: {
       double* to = static_cast<double*>(target) + offset;
       for (int i = 0; i < count; ++i) to[i] = values[i];
@@ -105,58 +103,80 @@ static void apply_update(const StepOptions& options, const Segment& part, const 
 
 static int64_t state_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-static void gather(const StepContext& context, const StepTile& tile, float* grad, float* planes) {
+// The state planes [first, last) of one segment, (S, numel), to or from the lanes of a tile.
+static void read_state(const StepContext& context, const Segment& part, int first, int last,
+                       float* planes) {
   constexpr int lanes = kLanes<kStepVectors>;
-  const StepOptions& options = context.options;
+  const int64_t numel = part.tensor->numel;
+  float* to = planes + part.lane;
+  if (context.options.state_dtype == DType::f32) {
+    const float* from = static_cast<const float*>(part.tensor->state) + part.offset;
+    for (int plane = first; plane < last; ++plane)
+      copy_floats(from + plane * numel, part.count, to + plane * lanes);
+    return;
+  }
+  for (int plane = first; plane < last; ++plane)
+    read_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset, part.count,
+                to + plane * lanes);
+}
+
+static void write_state(const StepContext& context, const Segment& part, const float* planes) {
+  constexpr int lanes = kLanes<kStepVectors>;
   const int num_planes = context.config.state_planes();
+  const int64_t numel = part.tensor->numel;
+  const float* from = planes + part.lane;
+  if (context.options.state_dtype == DType::f32) {
+    float* to = static_cast<float*>(part.tensor->state) + part.offset;
+    for (int plane = 0; plane < num_planes; ++plane)
+      copy_floats(from + plane * lanes, part.count, to + plane * numel);
+    return;
+  }
+  for (int plane = 0; plane < num_planes; ++plane)
+    write_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset, part.count,
+                 from + plane * lanes);
+}
+
+// The gradients as the rule sees them.
+static void read_grads(const StepOptions& options, const StepTile& tile, float* grad) {
   for (int s = 0; s < tile.num_segments; ++s) {
     const Segment& part = tile.segments[s];
-    const StepTensor& tensor = *part.tensor;
     float* own = grad + part.lane;
-    read_values(tensor.grad, tensor.param_dtype, part.offset, part.count, own);
+    read_values(part.tensor->grad, part.tensor->param_dtype, part.offset, part.count, own);
     if (options.unscale) {
       for (int i = 0; i < part.count; ++i) own[i] /= options.grad_scale;
-      write_values(tensor.grad, tensor.param_dtype, part.offset, part.count, own);
+      write_values(part.tensor->grad, part.tensor->param_dtype, part.offset, part.count, own);
     }
     if (options.maximize)
       for (int i = 0; i < part.count; ++i) own[i] = -own[i];
-    for (int plane = 0; plane < num_planes; ++plane)
-      read_values(tensor.state, options.state_dtype, plane * tensor.numel + part.offset, part.count,
-                  planes + plane * lanes + part.lane);
   }
 }
 
-static void scatter(const StepContext& context, const StepTile& tile, const float* update,
-                    const float* planes) {
-  constexpr int lanes = kLanes<kStepVectors>;
-  const int num_planes = context.config.state_planes();
-  for (int s = 0; s < tile.num_segments; ++s) {
-    const Segment& part = tile.segments[s];
-    apply_update(context.options, part, update + part.lane);
-    for (int plane = 0; plane < num_planes; ++plane)
-      write_values(part.tensor->state, context.options.state_dtype,
-                   plane * part.tensor->numel + part.offset, part.count,
-                   planes + plane * lanes + part.lane);
-  }
-}
+// Tiles whose state planes are fetched ahead together: longer runs of each plane suit the memory.
+inline constexpr int kPrefetchTiles = 4;
 
-static Prefetch prefetch_tile(const StepContext& context, const Segment* next) {
+// While the tiles of one group compute, each fetches its share of the planes of the next group.
+static Prefetch prefetch_ahead(const StepContext& context, const Segment& part) {
   Prefetch prefetch;
-  if (next == nullptr) return prefetch;
   const RuleConfig& config = context.config;
-  const int64_t width = state_bytes(context.options.state_dtype);
+  const int64_t tile = part.offset / kLanes<kStepVectors>, numel = part.tensor->numel;
+  const int64_t start = (tile / kPrefetchTiles + 1) * kPrefetchTiles * kLanes<kStepVectors>;
   const int blocks = config.num_layers * ((config.hidden_size + kUnitBlock - 1) / kUnitBlock);
-  prefetch.base = static_cast<const char*>(next->tensor->state) + next->offset * width;
-  prefetch.plane_bytes = next->tensor->numel * width;
-  prefetch.bytes = int(next->count * width);
-  prefetch.planes = config.state_planes();
-  prefetch.per_call = blocks == 0 ? 0 : (prefetch.planes + blocks - 1) / blocks;
+  if (start >= numel || blocks == 0) return prefetch;
+  const int64_t width = state_bytes(context.options.state_dtype);
+  const int64_t share = (config.state_planes() + kPrefetchTiles - 1) / kPrefetchTiles;
+  const int64_t first = share * (tile % kPrefetchTiles);
+  const int64_t lanes = kPrefetchTiles * kLanes<kStepVectors>;
+  prefetch.plane_bytes = numel * width;
+  prefetch.base = static_cast<const char*>(part.tensor->state) + start * width + first * prefetch.plane_bytes;
+  prefetch.bytes = int((numel - start < lanes ? numel - start : lanes) * width);
+  prefetch.planes = int(first + share < config.state_planes() ? share : config.state_planes() - first);
+  prefetch.per_call = int((share + blocks - 1) / blocks);
   return prefetch;
 }
 
 // RNNprop's features for a tile whose lanes may belong to tensors with different step counts.
 static void tile_moment_features(const StepContext& context, const StepTile& tile, const float* grad,
-                                 float* planes, float* x) {
+                                 Rows moments, float* x) {
   constexpr int lanes = kLanes<kStepVectors>;
   alignas(64) float correction1[lanes] = {}, correction2[lanes] = {};
   for (int s = 0; s < tile.num_segments; ++s) {
@@ -167,53 +187,46 @@ static void tile_moment_features(const StepContext& context, const StepTile& til
     }
   }
   const MomentDecay decay(context.config);
-  for (int at = 0; at < lanes; at += kWidth) {
-    Vec m = load(planes + at), v = load(planes + lanes + at), g_scaled, m_scaled;
+  for (int k = 0; k < kStepVectors; ++k) {
+    const int at = k * kWidth;
+    Vec m = load(moments.at(0, k)), v = load(moments.at(1, k)), g_scaled, m_scaled;
     moment_features(decay, load(correction1 + at), load(correction2 + at), load(grad + at), m, v,
                     g_scaled, m_scaled);
-    store(planes + at, m);
-    store(planes + lanes + at, v);
+    store(moments.at(0, k), m);
+    store(moments.at(1, k), v);
     store(x + at, g_scaled);
     store(x + lanes + at, m_scaled);
   }
 }
 
-static void step_tile(const StepContext& context, const StepTile& tile) {
+// The rule on one tile: `state` holds its planes and takes the new ones; `planes` is scratch of the
+// same shape, whose h rows hold a copy of the old h.
+static void run_rule(const StepContext& context, const StepTile& tile, const float* grad, Rows state,
+                     float* planes, float* update) {
   constexpr int V = kStepVectors;
   constexpr int lanes = kLanes<V>;
   const RuleConfig& config = context.config;
   const int hidden = config.hidden_size;
   const MetaLayout layout(config);
-  alignas(64) float planes[(kMoments + 2 * kMaxLayers * kMaxHidden) * lanes];
-  alignas(64) float grad[lanes], x[2 * lanes], z[kMaxHidden * lanes], h_next[kMaxHidden * lanes];
-  alignas(64) float update[lanes];
-
-  const Segment& last = tile.segments[tile.num_segments - 1];
-  if (last.lane + last.count < lanes) {  // unused lanes must hold numbers
-    __builtin_memset(planes, 0, sizeof(float) * config.state_planes() * lanes);
-    __builtin_memset(grad, 0, sizeof(grad));
-  }
-  gather(context, tile, grad, planes);
-
+  alignas(64) float x[2 * lanes], z[kMaxHidden * lanes], h_next[2][kMaxHidden * lanes];
   const float* inputs = x;
   if (config.is_rnnprop()) {
-    tile_moment_features(context, tile, grad, planes, x);
+    tile_moment_features(context, tile, grad, state, x);
     project<V>(context.meta + layout.projection_weight, context.meta + layout.projection_bias, x, z,
                hidden);
     inputs = z;
   } else {
     gradient_features<V>(config, context.exp_p, grad, x);
   }
-
-  Prefetch prefetch = prefetch_tile(context, tile.next);
+  Prefetch prefetch = prefetch_ahead(context, tile.segments[tile.num_segments - 1]);
   const float* packed = context.packed;
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    float* h = planes + config.h_plane(layer) * lanes;
-    float* c = planes + config.c_plane(layer) * lanes;
-    packed = layer_forward<V, false>(packed, inputs, config.layer_inputs(layer), h, c, c, h_next, hidden,
-                                     GatePlanes{}, prefetch);
-    for (int at = 0; at < hidden * lanes; at += kWidth) store(h + at, load(h_next + at));
-    inputs = h;
+    const Rows h{state.at(config.h_plane(layer), 0), state.stride};
+    const Rows c{state.at(config.c_plane(layer), 0), state.stride};
+    const LayerState own{planes + config.h_plane(layer) * lanes, c, c, h_next[layer % 2], h};
+    packed = layer_forward<V, false>(packed, inputs, config.layer_inputs(layer), own, hidden, GatePlanes{},
+                                     prefetch);
+    inputs = own.h_next;
   }
   Vec out[V];
   dense_row<V>(context.meta + layout.readout_weight, context.meta[layout.readout_bias], inputs,
@@ -221,5 +234,37 @@ static void step_tile(const StepContext& context, const StepTile& tile) {
   for (int v = 0; v < V; ++v)
     store(update + v * kWidth, config.is_rnnprop() ? tanh_vec(out[v]) * -config.step_size
                                                    : out[v] * config.output_scale);
-  scatter(context, tile, update, planes);
+}
+
+static void step_tile(const StepContext& context, const StepTile& tile) {
+  constexpr int lanes = kLanes<kStepVectors>;
+  const RuleConfig& config = context.config;
+  alignas(64) float planes[(kMoments + 2 * kMaxLayers * kMaxHidden) * lanes];
+  alignas(64) float grad[lanes], update[lanes];
+  const Segment& first = tile.segments[0];
+  const Segment& last = tile.segments[tile.num_segments - 1];
+  const bool partial = last.lane + last.count < lanes;
+  if (partial) {  // unused lanes must hold numbers
+    __builtin_memset(planes, 0, sizeof(float) * config.state_planes() * lanes);
+    __builtin_memset(grad, 0, sizeof(grad));
+  }
+  read_grads(context.options, tile, grad);
+  if (tile.num_segments == 1 && !partial && context.options.state_dtype == DType::f32) {
+    // The planes of the tensor serve as they are; only h, which every unit reads, is copied.
+    for (int layer = 0; layer < config.num_layers; ++layer)
+      read_state(context, first, config.h_plane(layer), config.c_plane(layer), planes);
+    const Rows state{static_cast<float*>(first.tensor->state) + first.offset, first.tensor->numel};
+    const FlushDenormals guard;
+    run_rule(context, tile, grad, state, planes, update);
+  } else {
+    for (int s = 0; s < tile.num_segments; ++s)
+      read_state(context, tile.segments[s], 0, config.state_planes(), planes);
+    {
+      const FlushDenormals guard;
+      run_rule(context, tile, grad, Rows{planes, lanes}, planes, update);
+    }
+    for (int s = 0; s < tile.num_segments; ++s) write_state(context, tile.segments[s], planes);
+  }
+  for (int s = 0; s < tile.num_segments; ++s)
+    apply_update(context.options, tile.segments[s], update + tile.segments[s].lane);
 }

@@ -16,7 +16,6 @@ struct Segment {
 struct StepTile {
   const Segment* segments;
   int num_segments;
-  const Segment* next;  // the following tile's first segment, to prefetch; may be null
 };
 
 // Everything about one step call that all tiles share.
@@ -41,8 +40,9 @@ struct TileKernels {
   const char* name;
   int step_tile;    // coordinates per tile of the step
   int unroll_tile;  // coordinates per tile of the unroll backward
-  int64_t (*packed_floats)(const RuleConfig&);
-  void (*pack)(const RuleConfig&, const float* meta, float* packed);
+  // The meta-parameters in the order the kernels read them; `backward` adds the transposed ones.
+  int64_t (*packed_floats)(const RuleConfig&, bool backward);
+  void (*pack)(const RuleConfig&, bool backward, const float* meta, float* packed);
   void (*step)(const StepContext&, const StepTile&);
   // Floats of scratch that one call of `unroll` needs (64-byte aligned).
   int64_t (*unroll_scratch)(const UnrollContext&);

@@ -146,11 +146,11 @@ struct UnrollTile {
     const float* inputs = after + record.z * lanes;
     for (int l = 0; l < config.num_layers; ++l) {
       const auto& at = record.layer[l];
-      packed = layer_forward<V, true>(packed, inputs, config.layer_inputs(l), before + at.h * lanes,
-                                      before + at.c * lanes, after + at.c * lanes, after + at.h * lanes,
-                                      hidden, GatePlanes{after + at.gates * lanes, after + at.tanh_c * lanes},
-                                      none);
-      inputs = after + at.h * lanes;
+      const LayerState state{before + at.h * lanes, Rows{const_cast<float*>(before) + at.c * lanes, lanes},
+                             Rows{after + at.c * lanes, lanes}, after + at.h * lanes, Rows{}};
+      packed = layer_forward<V, true>(packed, inputs, config.layer_inputs(l), state, hidden,
+                                      GatePlanes{after + at.gates * lanes, after + at.tanh_c * lanes}, none);
+      inputs = state.h_next;
     }
     if (config.is_rnnprop()) {
       Vec out[V];
@@ -328,6 +328,7 @@ static int64_t unroll_scratch(const UnrollContext& context) {
 
 static void unroll_tiles(const UnrollContext& context, int64_t first, int64_t last, double* partial,
                          float* scratch) {
+  const FlushDenormals guard;
   UnrollTile<kUnrollVectors> tile(context, scratch);
   for (int64_t index = first; index < last; ++index) tile.run(index * tile.lanes, partial);
 }
