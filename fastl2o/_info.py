@@ -1,5 +1,4 @@
-"""What this installation is: versions, compiled extension, instruction set, backends, shipped
-rules."""
+"""What this installation is: versions, extension, instruction set, backends, shipped rules."""
 
 from __future__ import annotations
 

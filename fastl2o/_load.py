@@ -20,8 +20,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Extension:
-    """What became of the compiled extension: its path if it is loaded, else the reason why it is
-    not."""
+    """What became of the compiled extension: its path if it is loaded, else why it is not."""
 
     path: Path | None
     reason: str
@@ -62,8 +61,7 @@ def load_extension(folder: Path = _PACKAGE) -> Extension:
         return Extension(
             None,
             "no fastl2o/_C*.so beside the package: install with a C++ compiler present and "
-            "FASTL2O_CPP unset "
-            "(in a checkout: make build)",
+            "FASTL2O_CPP unset (in a checkout: make build)",
         )
     try:
         torch.ops.load_library(path)

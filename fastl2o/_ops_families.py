@@ -1,5 +1,4 @@
-"""Schemas, default implementations, fakes and derivatives of the ops, one table entry a rule
-family."""
+"""Schemas, default implementations, fakes and derivatives of the ops of each rule family."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ Named = dict[str, Any]
 
 
 class Family(NamedTuple):
-    """The ops of a rule family, and how to write a rule's config as their arguments, in the
-    schema's order."""
+    """The ops of a rule family, and how a rule's config becomes their arguments."""
 
     step_: Callable[..., None]
     step: Callable[..., tuple[Tensor, Tensor]]
@@ -29,8 +27,7 @@ class Family(NamedTuple):
 
 
 class _Signature(NamedTuple):
-    """How a family's config appears in its ops: the schema's text and the conversions to and from a
-    rule's config."""
+    """How a family's config appears in its ops: the schema's text and both conversions."""
 
     family: str
     schema: str
@@ -71,8 +68,7 @@ _SIGNATURES = (
 
 @functools.lru_cache(maxsize=256)
 def _maths(signature: _Signature, arguments: tuple[Any, ...]) -> Rule:
-    """A rule to run the reference maths with: ops bring the meta-parameters, so its own take no
-    memory."""
+    """A rule to run the reference maths with; its own meta-parameters take no memory."""
     config = signature.to_config(**dict(zip(signature.names, arguments, strict=True)))
     with torch.device("meta"):
         return from_config(signature.family, config)
@@ -85,8 +81,7 @@ def _rule(signature: _Signature, named: Named) -> Rule:
 def _define(
     name: str, schema: str, default: Callable[[Named], Any], fake: Callable[[Named], Any]
 ) -> Any:
-    """Define op `name` with its default implementation and fake, both given the arguments by
-    name."""
+    """Define an op with its default implementation and fake, both given arguments by name."""
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.fastl2o, name)
     arguments = op.default._schema.arguments
@@ -118,9 +113,8 @@ def _define_step_(signature: _Signature) -> Any:
     steps = "Tensor(d!)[] steps, " if signature.needs_step else ""
     schema = (
         f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, {steps}Tensor meta, "
-        f"{signature.schema}, float lr, "
-        "float weight_decay, bool maximize, int nonfinite, Tensor? grad_scale=None, Tensor? "
-        "found_inf=None) -> ()"
+        f"{signature.schema}, float lr, float weight_decay, bool maximize, int nonfinite, Tensor? "
+        "grad_scale=None, Tensor? found_inf=None) -> ()"
     )
 
     def default(named: Named) -> None:
@@ -146,8 +140,7 @@ def _define_step_backward(signature: _Signature) -> Any:
     step = "int step, " if signature.needs_step else ""
     schema = (
         f"(Tensor d_update, Tensor d_new_state, Tensor grad, Tensor state, {step}Tensor meta, "
-        f"{signature.schema}) "
-        "-> (Tensor, Tensor, Tensor)"
+        f"{signature.schema}) -> (Tensor, Tensor, Tensor)"
     )
 
     def default(named: Named) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,8 +201,7 @@ def _define_unroll_backward(signature: _Signature) -> Any:
     step = "int step, " if signature.needs_step else ""
     schema = (
         f"(Tensor grads, Tensor state, {step}Tensor meta, Tensor loss_weights, int steps, "
-        f"{signature.schema}, float lr, "
-        "float weight_decay) -> (Tensor, Tensor)"
+        f"{signature.schema}, float lr, float weight_decay) -> (Tensor, Tensor)"
     )
 
     def default(named: Named) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ STEP_BLOCK = 65_536
 UNROLL_BLOCK = 8_388_608
 
 NONFINITE = {"pass": 0, "skip": 1, "raise": 2}
-_PASS, _SKIP, _RAISE = NONFINITE["pass"], NONFINITE["skip"], NONFINITE["raise"]
 
 
 def check_lists(
@@ -33,20 +32,24 @@ def check_lists(
                 f"params[{index}]: expected a floating dtype, got {param.dtype}; pass complex "
                 "tensors through view_as_real"
             )
-        if grad.dtype != param.dtype or grad.shape != param.shape or grad.is_sparse:
+        if grad.dtype != param.dtype or grad.shape != param.shape or grad.layout != torch.strided:
             raise ValueError(
                 f"grads[{index}]: expected a dense {param.dtype} of shape {tuple(param.shape)} "
-                "like its parameter, "
-                f"got {grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}"
+                f"like its parameter, got {grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}"
             )
         expected = (rule.state_planes, *param.shape)
         if state.shape != expected or not state.is_floating_point():
             raise ValueError(
                 f"states[{index}]: expected floating, of shape {expected}, that is (state_planes, "
-                "*param.shape), "
-                f"got {state.dtype}, shape {tuple(state.shape)}; make it with "
+                f"*param.shape), got {state.dtype}, shape {tuple(state.shape)}; make it with "
                 "rule.init_state(param)"
             )
+        for name, tensor in (("params", param), ("grads", grad), ("states", state)):
+            if not tensor.is_contiguous() or tensor.device != params[0].device:
+                raise ValueError(
+                    f"{name}[{index}]: expected contiguous, on {params[0].device} like the first "
+                    f"parameter, got strides {tensor.stride()} on {tensor.device}"
+                )
     for index, step in enumerate(steps):
         if step.numel() != 1:
             raise ValueError(
@@ -74,9 +77,9 @@ def step_(
     if found_inf is not None and found_inf.item() != 0.0:
         return
     finite = [True] * len(params)
-    if nonfinite != _PASS:
+    if nonfinite != NONFINITE["pass"]:
         finite = [bool(torch.isfinite(grad).all()) for grad in grads]
-        if nonfinite == _RAISE and not all(finite):
+        if nonfinite == NONFINITE["raise"] and not all(finite):
             raise RuntimeError(nonfinite_message(finite.index(False)))
     for index, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         if not finite[index]:
@@ -92,8 +95,8 @@ def nonfinite_message(index: int) -> str:
     """The error of `nonfinite="raise"`; the optimizer reads the index from it."""
     return (
         f"gradient {index} of the list holds NaN or Inf, nothing was changed; lower the learning "
-        "rate or scale the loss, "
-        "or pass nonfinite='skip' (leave that tensor) or 'pass' (feed it to the rule)"
+        "rate or scale the loss, or pass nonfinite='skip' (leave that tensor) or 'pass' (feed it "
+        "to the rule)"
     )
 
 
@@ -143,32 +146,21 @@ def unroll_backward(
     lr: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of a window's weighted losses with respect to the meta-parameters and the first
-    state.
+    """The unroll backward, block by block; see `fastl2o.ops.unroll_backward` for the arguments.
 
     The task gradients count as constants, so the adjoint a_t = dL/dtheta_t needs only what was
     recorded:
 
-        a_T = w_T g_T        dL/du_t = lr a_{t+1}        a_t = w_t g_t + (1 - lr weight_decay)
-        a_{t+1}
+        a_T = w_T g_T
+        dL/du_t = lr a_{t+1}
+        a_t = w_t g_t + (1 - lr weight_decay) a_{t+1}
 
     Each block of coordinates replays its states from the window's start and walks back through
-    them.
-
-    Args:
-        rule: whose maths to use. grads: `(K, R, D)`, K = steps or steps + 1. state: `(S, R, D)`
-            before the window.
-        step: steps taken before the window. meta: flat `(M,)`. loss_weights: `(K, R)`. steps: T.
-        lr, weight_decay: of the in-place step that made the window.
-
-    Returns:
-        d_meta `(M,)` and d_state `(S, R, D)`.
+    them. Blocks are summed in order.
     """
     planes, runs, dim = state.shape
-    flat_grads, flat_state = (
-        grads.reshape(grads.shape[0], runs * dim),
-        state.reshape(planes, runs * dim),
-    )
+    flat_grads = grads.reshape(grads.shape[0], runs * dim)
+    flat_state = state.reshape(planes, runs * dim)
     d_meta, d_state = torch.zeros_like(meta), torch.zeros_like(flat_state)
     size = max(1, UNROLL_BLOCK // max(1, planes * steps))
     for start in range(0, runs * dim, size):

@@ -105,8 +105,7 @@ class backend:
 
 
 def requested() -> str:
-    """The backend asked for: by the innermost `with backend(...)`, else by FASTL2O_BACKEND, else
-    "auto"."""
+    """The backend asked for: by the innermost block, else by FASTL2O_BACKEND, else "auto"."""
     forced = _forced.get()
     if forced is not None:
         return forced

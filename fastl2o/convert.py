@@ -103,8 +103,8 @@ def from_sonnet(
     if not is_rnnprop and num_inputs not in (1, 2):
         raise ValueError(
             f"arrays: {'linear/w' if num_layers == 0 else 'lstm_1/w_gates'} and linear/w mean "
-            f"{num_inputs} inputs a "
-            "coordinate; expected 2 (log and sign features) or 1 (raw gradient)"
+            f"{num_inputs} inputs a coordinate; expected 2 (log and sign features) or 1 (raw "
+            "gradient)"
         )
     _check_shape(source, "linear/w", (hidden_size, 1))
     _check_shape(source, "linear/b", (1,))
@@ -175,9 +175,8 @@ def _check_names(source: Mapping[str, object], num_layers: int, is_rnnprop: bool
     if missing or extra:
         raise ValueError(
             f"arrays: missing {missing or 'none'}, unexpected {extra or 'none'}; expected "
-            "lstm_1/w_gates, lstm_1/b_gates, "
-            "lstm_2/..., linear/w, linear/b and, for RNNprop, input_projection/w, "
-            "input_projection/b"
+            "lstm_1/w_gates, lstm_1/b_gates, lstm_2/..., linear/w, linear/b and, for RNNprop, "
+            "input_projection/w, input_projection/b"
         )
 
 
@@ -187,8 +186,7 @@ def _check_shape(
     if source[name].shape != shape:
         raise ValueError(
             f"arrays[{name!r}]: expected shape {shape} to fit the other arrays (hidden size is "
-            "read from linear/w), "
-            f"got {source[name].shape}"
+            f"read from linear/w), got {source[name].shape}"
         )
 
 

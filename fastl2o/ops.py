@@ -1,14 +1,12 @@
-"""Dispatch: the torch.library ops of every rule family, their fakes and derivatives, and the Python
-front.
+"""Dispatch: what the rest of the package calls to take steps and to differentiate them.
 
-Each schema is defined here, once. Its default implementation is plain torch and runs anywhere; the
-compiled extension, loaded at the end of this module, adds CPU kernels. Ops come in two kinds: an
-in-place list op for `Optimizer.step`, and functional ops with a registered backward for
-meta-training, since torch does not differentiate through an op that mutates.
+`_ops_families.py` defines each torch.library op once, with a default implementation in plain torch
+that runs anywhere; the compiled extension, loaded here after that, adds CPU kernels. Ops come in
+two kinds: an in-place list op for `Optimizer.step`, and functional ops with a registered backward
+for meta-training, since torch does not differentiate through an op that mutates.
 
-The functions without a family in their name, `step_`, `step` and `unroll_backward`, are what the
-rest of the package
-calls: they check arguments, choose the backend (see `fastl2o.backends`) and call the family's op.
+`step_`, `step` and `unroll_backward` take a rule of any family, check arguments, choose the backend
+(see `fastl2o.backends`) and call the family's op.
 """
 
 from __future__ import annotations
@@ -40,11 +38,11 @@ def step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Take one step of `rule` in place on a list of tensors: theta <- (1 - lr * weight_decay) theta
-    + lr * u.
+    """Take one step of `rule` in place on a list of tensors.
 
-    All tensors are contiguous and on one device. The maths is float32; float64 parameters are added
-    to in float64. A call that raises has changed nothing.
+    theta <- (1 - lr * weight_decay) * theta + lr * u. All tensors are contiguous and on one device.
+    The maths is float32; float64 parameters are added to in float64. A call that raises has changed
+    nothing.
 
     Args:
         rule: the rule, whose meta-parameters are read now.
@@ -80,8 +78,8 @@ def step_(
     if len(grads) != count or len(states) != count or (rule.needs_step and len(steps) != count):
         raise ValueError(
             f"params, grads, states{' and steps' if rule.needs_step else ''}: expected lists of "
-            "one length, got "
-            f"{count}, {len(grads)}, {len(states)}{f' and {len(steps)}' if rule.needs_step else ''}"
+            f"one length, got {count}, {len(grads)}, "
+            f"{len(states)}{f' and {len(steps)}' if rule.needs_step else ''}"
         )
     mode = reference.NONFINITE.get(nonfinite)
     if mode is None:
@@ -195,11 +193,10 @@ def unroll_backward(
     weight_decay: float = 0.0,
     meta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from the recorded task gradients
-    alone.
+    """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from its recorded gradients alone.
 
-    The task gradients count as constants (first order). f_0 is evaluated before the first update,
-    so its weight has no effect on the result.
+    The task gradients g_t count as constants (first order). f_0 is evaluated before the first
+    update, so its weight has no effect on the result.
 
     Args:
         rule: the rule that made the window with in-place steps.
@@ -282,18 +279,15 @@ def _check_window(
     if grads.dim() != 3 or grads.shape[0] not in (steps, steps + 1):
         raise ValueError(
             f"grads: expected shape (K, runs, coordinates) with K = {steps} or {steps + 1} for "
-            f"steps={steps}, "
-            f"got {tuple(grads.shape)}"
+            f"steps={steps}, got {tuple(grads.shape)}"
         )
     if state.shape != (rule.state_planes, *grads.shape[1:]):
         raise ValueError(
             f"state: expected shape {(rule.state_planes, *grads.shape[1:])}, that is "
-            "(state_planes, runs, coordinates), "
-            f"got {tuple(state.shape)}"
+            f"(state_planes, runs, coordinates), got {tuple(state.shape)}"
         )
     if loss_weights.shape != grads.shape[:2]:
         raise ValueError(
             f"loss_weights: expected shape {tuple(grads.shape[:2])}, one number for each loss and "
-            "run, "
-            f"got {tuple(loss_weights.shape)}"
+            f"run, got {tuple(loss_weights.shape)}"
         )

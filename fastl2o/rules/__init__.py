@@ -1,5 +1,4 @@
-"""Rules: WHAT a learned optimizer computes, as config, meta-parameters and a reference step in
-plain torch."""
+"""Rules: WHAT a learned optimizer computes, as config, meta-parameters and reference step."""
 
 from __future__ import annotations
 

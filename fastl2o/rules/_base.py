@@ -14,8 +14,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Rule(nn.Module, abc.ABC):
-    """Base of all rules: a shared recurrent network that turns each coordinate's gradient into its
-    update.
+    """Base of all rules: a shared network that turns each coordinate's gradient into its update.
 
     A rule holds meta-parameters and defines, in plain torch, what is computed; `fastl2o.ops`
     decides how. The update u of a step is **added**: theta' = (1 - lr * weight_decay) * theta + lr
@@ -62,8 +61,7 @@ class Rule(nn.Module, abc.ABC):
     def _forward(
         self, grad: Tensor, planes: Tensor, step: int | Tensor, weights: Weights
     ) -> tuple[Tensor, Tensor]:
-        """Update `(N,)` and new planes `(S, N)` from gradients `(N,)` and planes `(S, N)`, all of
-        one dtype."""
+        """Update `(N,)` and new planes `(S, N)`, all inputs `(N,)`, `(S, N)` of one dtype."""
 
     @abc.abstractmethod
     def _backward(
@@ -75,8 +73,7 @@ class Rule(nn.Module, abc.ABC):
         step: int | Tensor,
         weights: Weights,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Hand-derived gradients of `_forward`: of `grad`, of `planes`, and of the weights by
-        name."""
+        """Hand-derived gradients of `_forward`: of grad, of planes, of the weights by name."""
 
     # Meta-parameters as one vector
     # ----------------------------------------------------------------------------------
@@ -108,8 +105,8 @@ class Rule(nn.Module, abc.ABC):
         if flat.shape != (self.num_meta_parameters,):
             raise ValueError(
                 f"flat: expected shape ({self.num_meta_parameters},) for {self!r}, got "
-                f"{tuple(flat.shape)}; "
-                "pass a vector laid out as flat_parameters() of a rule with the same config"
+                f"{tuple(flat.shape)}; pass a vector laid out as flat_parameters() of a rule with "
+                "the same config"
             )
         parts = flat.split([shape.numel() for _, shape in self.layout])
         return {
@@ -117,8 +114,7 @@ class Rule(nn.Module, abc.ABC):
         }
 
     def flat_buffer(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The flat vector `(M,)`, detached, in a buffer that belongs to this rule and is refilled
-        by each call.
+        """The flat vector `(M,)`, detached, in a buffer of this rule that each call refills.
 
         Refilling costs a few microseconds and allocates nothing after the first call; it is done
         each time because writes through `parameter.data` leave no trace in a version counter, and a
@@ -222,8 +218,7 @@ class Rule(nn.Module, abc.ABC):
         if state.shape != (self.state_planes, *grad.shape):
             raise ValueError(
                 f"state: expected shape {(self.state_planes, *grad.shape)}, that is (state_planes, "
-                "*grad.shape), "
-                f"got {tuple(state.shape)}; make it with rule.init_state(param)"
+                f"*grad.shape), got {tuple(state.shape)}; make it with rule.init_state(param)"
             )
         dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
         named = dict(self.named_parameters()) if meta is None else self.unflatten(meta)
@@ -239,8 +234,7 @@ class Rule(nn.Module, abc.ABC):
     # ----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], card: Mapping[str, Any] | None = None) -> None:
-        """Write this rule to a safetensors file that `fastl2o.load(path)` reads; see
-        `fastl2o._files.save_rule`."""
+        """Write a file that `fastl2o.load(path)` reads; see `fastl2o._files.save_rule`."""
         from .._files import (
             save_rule,  # here, because _files builds rules and so imports this package
         )
@@ -258,8 +252,7 @@ class Rule(nn.Module, abc.ABC):
 
 
 class Affine(nn.Module):
-    """Weight `(out, in)` and bias `(out,)` of a linear map, left uninitialised: the rule draws
-    them."""
+    """Weight `(out, in)` and bias `(out,)` of a linear map; the rule draws them."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -268,8 +261,7 @@ class Affine(nn.Module):
 
 
 class LSTMLayer(nn.Module):
-    """Meta-parameters of one LSTM cell: weight_ih `(4H, in)`, weight_hh `(4H, H)`, bias `(4H,)`;
-    gates i, f, g, o.
+    """Weights of one LSTM cell: `(4H, in)`, `(4H, H)` and bias `(4H,)`, gates in order i, f, g, o.
 
     There is no implicit forget bias: what is stored is all there is.
     """
@@ -295,14 +287,12 @@ def saturate_gates(layer: LSTMLayer, forget_bias: float) -> None:
 
 
 def truncated_normal_(tensor: Tensor, sd: float, generator: torch.Generator | None) -> None:
-    """Normal with standard deviation `sd` before truncation at two of them, as TensorFlow's
-    initialiser."""
+    """Normal, sd as given before truncation at two of them, as TensorFlow's initialiser."""
     nn.init.trunc_normal_(tensor, std=sd, a=-2 * sd, b=2 * sd, generator=generator)
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """Return `value` if it is an int in [low, high], else raise an error that names the
-    argument."""
+    """Return `value` if it is an int in [low, high], else raise naming the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"Invalid {name}: {value!r}; pass an int from {low} to {high}")
     if not low <= value <= high:
@@ -311,8 +301,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def check_number(name: str, value: object, accepted: str, low: float, high: float) -> float:
-    """Return `value` as a float if it is a finite number with low <= value <= high, else raise;
-    `accepted` says which."""
+    """Return `value` as a float if it is in [low, high], else raise; `accepted` words that."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Invalid {name}: {value!r}; pass a number {accepted}")
     if not low <= value <= high:  # NaN and infinities are outside of finite bounds

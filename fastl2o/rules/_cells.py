@@ -162,8 +162,10 @@ def log_sign_features(grad: Tensor, p: float, eps: float) -> Tensor:
 
 
 def log_sign_features_backward(d_features: Tensor, grad: Tensor, p: float, eps: float) -> Tensor:
-    """Differentiate `log_sign_features`: dx1/dg = sign(g) / (p (|g| + eps)) above e^-p, dx2/dg =
-    e^p below, else 0."""
+    """Differentiate `log_sign_features`.
+
+    dx1/dg = sign(g) / (p (|g| + eps)) where x1 > -1, dx2/dg = e^p where |x2| < 1, else 0.
+    """
     magnitude = (grad.abs() + eps).clamp(min=torch.finfo(grad.dtype).tiny)
     log_part = torch.where(magnitude.log() / p >= -1.0, grad.sign() / (p * magnitude), 0.0)
     linear_part = ((math.exp(p) * grad).abs() <= 1.0).to(grad.dtype) * math.exp(p)
@@ -180,8 +182,7 @@ def readout(top: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 def readout_backward(
     d_output: Tensor, top: Tensor, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Differentiate `readout`: the gradient of the top features and of the two meta-parameters by
-    name."""
+    """Differentiate `readout`: gradients of the top features and of the weights by name."""
     d_weights = {
         "readout.weight": d_output.unsqueeze(0) @ top.T,
         "readout.bias": d_output.sum().reshape(1),

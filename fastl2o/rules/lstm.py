@@ -1,5 +1,4 @@
-"""The coordinate-wise LSTM rule of "Learning to learn by gradient descent by gradient descent"
-(arXiv 1606.04474)."""
+"""The coordinate-wise LSTM rule (arXiv 1606.04474, "Learning to learn by gradient descent ...")."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ PREPROCESS = ("identity", "log_sign")
 
 
 class LSTMRule(Rule):
-    """A stack of LSTM layers and a linear readout, the same for every coordinate, each with its own
-    state.
+    """A stack of LSTM layers and a linear readout, shared by all coordinates.
 
     u = output_scale * (readout(LSTM(...LSTM(features(g)))) ), and u is added to the parameter. The
     features are the raw gradient (`preprocess="identity"`, one input) or, with `"log_sign"`, the

@@ -1,5 +1,4 @@
-"""The RNNprop rule of "Learning Gradient Descent: Better Generalization and Longer Horizons" (arXiv
-1703.03633)."""
+"""The RNNprop rule (arXiv 1703.03633, "Learning Gradient Descent: Better Generalization ...")."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ RMS_EPS = 1e-8
 
 
 class _Moments(NamedTuple):
-    """What the first half of a step computes from the gradient, every entry `(N,)` but the two
-    corrections."""
+    """What a step computes from the gradient first; `(N,)` but for the two corrections."""
 
     m: Tensor
     v: Tensor
@@ -44,8 +42,7 @@ class _Moments(NamedTuple):
 
 
 class RNNPropRule(Rule):
-    """Adam-like normalised inputs, a projection, a stack of LSTM layers and a bounded readout, per
-    coordinate.
+    """Adam-like normalised inputs, a projection, LSTM layers and a bounded readout.
 
     With t = 1, 2, ... the number of this step:
 
@@ -218,8 +215,7 @@ class RNNPropRule(Rule):
         num_layers: int = 2,
         dtype: torch.dtype = torch.float32,
     ) -> RNNPropRule:
-        """A rule that is `torch.optim.Adam(lr, betas=(beta, beta), eps=1e-8)`: for tests that need
-        a known optimizer.
+        """A rule that is `torch.optim.Adam(lr, betas=(beta, beta))`: for tests.
 
         The network reads only m~ and every tanh works in its linear part, on m~ times `epsilon`;
         the relative error is (2 * num_layers + 1) / 3 * epsilon^2. Equal betas bound |m~| by 1, so

@@ -1,5 +1,4 @@
-"""Shipped meta-parameters: `<name>.safetensors` with its card in the metadata, and `<name>.md`, the
-card in prose."""
+"""Shipped rules: `<name>.safetensors` with its card, and `<name>.md`, the card in prose."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ def path(name: str) -> Path:
     """
     if name not in names():
         raise ValueError(
-            f"no shipped rule is named {name!r}; there are: {', '.join(names()) or 'none'} "
-            "(for a file of your own pass a path that ends in .safetensors)"
+            f"no shipped rule is named {name!r}; there are: {', '.join(names()) or 'none'} (for a "
+            "file of your own pass a path that ends in .safetensors)"
         )
     return _FOLDER / f"{name}.safetensors"
 
