@@ -6,6 +6,8 @@ import csv
 import os
 from pathlib import Path
 
+from .checkpoint import CheckpointError
+
 __all__ = ["LOG", "TrainingLog"]
 
 LOG = "log.csv"
@@ -57,8 +59,19 @@ class TrainingLog:
         os.replace(temporary, self.path)
 
     def append(self, **row: float | None) -> None:
-        """Add one row by column name; None leaves a cell empty."""
+        """Add one row by column name; None leaves a cell empty.
+
+        Raises:
+            CheckpointError: if it cannot be written, say on a full disk.
+        """
         if self.path is None:
             return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(["" if row[name] is None else row[name] for name in _COLUMNS])
+        cells = ["" if row[name] is None else row[name] for name in _COLUMNS]
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(cells)
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write the training log {str(self.path)!r}: {error}; checkpoints are "
+                "as they were. Free some space and run the training again"
+            ) from error

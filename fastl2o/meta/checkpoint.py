@@ -34,7 +34,8 @@ def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save({"version": _VERSION, **content}, buffer)
     current, previous = directory / CHECKPOINT, directory / PREVIOUS
-    temporary = directory / f"{CHECKPOINT}.{os.getpid()}.tmp"
+    # One name for all: what a kill leaves behind is overwritten by the next save.
+    temporary = directory / f"{CHECKPOINT}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -55,6 +55,7 @@ class RandomScaling(Task):
         bound: r of the draw; 3 on the authors' MLP, 1 on their convex part.
 
     Example:
+        >>> from fastl2o.meta.tasks import Quadratic
         >>> task = RandomScaling(Quadratic(dim=3), bound=1.0)
         >>> task.sample(2, torch.Generator().manual_seed(0)).params.shape
         torch.Size([2, 3])
@@ -116,6 +117,7 @@ class WithConvex(Task):
             1, 0 is none.
 
     Example:
+        >>> from fastl2o.meta.tasks import Quadratic
         >>> task = WithConvex(Quadratic(dim=3), num=20)
         >>> task.sample(2, torch.Generator().manual_seed(0)).dim
         23

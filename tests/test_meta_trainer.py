@@ -1,0 +1,390 @@
+"""The trainer: learning, selection, non-finite windows, kills and full disks."""
+
+from __future__ import annotations
+
+import csv
+import math
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastl2o
+from fastl2o import meta
+from fastl2o.meta.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint
+from fastl2o.meta.schedules import as_horizon, draw_horizon
+from fastl2o.meta.tasks import Quadratic, TaskRun
+from fastl2o.rules import Rule
+from tests import meta_child
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_rule(seed: int = 0) -> Rule:
+    rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1, preprocess="identity")
+    rule.reset_parameters(torch.Generator().manual_seed(seed))
+    return rule
+
+
+def small_trainer(**options: Any) -> meta.MetaTrainer:
+    rule = options.pop("rule", None) or small_rule()
+    settings: dict[str, Any] = {
+        "tasks": [Quadratic(dim=3)],
+        "estimator": meta.TruncatedBPTT(4),
+        "horizon": 12,
+        "runs": 4,
+        "progress": False,
+        **options,
+    }
+    return meta.MetaTrainer(rule, **settings)
+
+
+def numbers(trainer: meta.MetaTrainer) -> list[Tensor]:
+    """Everything that a continued training must have the bits of."""
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                collect(value[key])
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+        elif isinstance(value, (int, float)):
+            found.append(torch.tensor(value, dtype=torch.float64))
+
+    collect(trainer.state_dict())
+    return found
+
+
+def assert_same_bits(first: meta.MetaTrainer, second: meta.MetaTrainer) -> None:
+    ours, theirs = numbers(first), numbers(second)
+    assert len(ours) == len(theirs) > 20
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_training_lowers_the_losses_and_keeps_the_best() -> None:
+    trainer = small_trainer(
+        runs=32,
+        optimizer=None,
+        validation=meta.Validation(every=20, runs=32),
+    )
+    task = Quadratic(dim=3)
+    before = meta.run_losses(trainer.rule, task, runs=64, horizon=12, seed=5)[-1].mean()
+    result = trainer.fit(300)
+    after = meta.run_losses(trainer.best_rule, task, runs=64, horizon=12, seed=5)[-1].mean()
+    assert after < 0.7 * before
+    assert result.outer_steps == 300
+    assert result.best_step is not None
+    assert result.best_step % 20 == 0
+    assert result.best_score <= result.last_score
+    assert result.skipped == 0
+
+
+def test_best_rule_is_the_rule_at_its_best_validation() -> None:
+    validation = meta.Validation(every=5, runs=8, metric="final")
+    rule = small_rule()
+    # Climbing makes the rule worse and worse.
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.02, maximize=True)
+    trainer = small_trainer(rule=rule, optimizer=optimizer, validation=validation)
+    scores, kept = [], []
+    for outer_steps in range(5, 45, 5):
+        scores.append(trainer.fit(outer_steps).last_score)
+        kept.append([p.detach().clone() for p in trainer.rule.parameters()])
+    best = scores.index(min(scores))
+    assert best < len(scores) - 1
+    assert trainer.best_step == 5 * (best + 1)
+    for got, expected in zip(trainer.best_rule.parameters(), kept[best], strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("metric", ["sum", "final", "log"])
+def test_validation_scores(metric: str) -> None:
+    rule, task = small_rule(), Quadratic(dim=3)
+    validation = meta.Validation(runs=5, metric=metric, tasks=[task, Quadratic(dim=2)])
+    score = validation.score(rule, [], 20, torch.float32)
+    assert score == validation.score(rule, [], 20, torch.float32)
+    expected = []
+    for index, dim in enumerate((3, 2)):
+        losses = meta.run_losses(
+            rule, Quadratic(dim=dim), runs=5, horizon=20, seed=2**40 + index
+        ).double()
+        assert losses.shape == (21, 5)
+        expected.append(
+            {
+                "sum": losses[:20].sum(dim=0),
+                "final": losses[19:].mean(dim=0),
+                "log": (losses[1:] / losses[0]).log().mean(dim=0),
+            }[metric].mean()
+        )
+    assert score == pytest.approx(float(sum(expected)) / 2, rel=1e-9)
+
+
+def test_a_rule_that_diverges_on_validation_is_never_best() -> None:
+    class Nan(Quadratic):
+        def sample(self, *args: Any, **kwargs: Any) -> TaskRun:
+            run = super().sample(*args, **kwargs)
+            run.tensors["target"][0, 0] = torch.nan
+            return run
+
+    trainer = small_trainer(validation=meta.Validation(every=1, tasks=[Nan(dim=3)]))
+    result = trainer.fit(2)
+    assert result.last_score == math.inf
+    assert result.best_step is None
+
+
+class Breaking(Quadratic):
+    """Every third batch of runs is broken: NaN, infinite or exploding losses from some step on."""
+
+    def __init__(self, dim: int, kind: str, period: int = 3) -> None:
+        super().__init__(dim)
+        self.kind, self.period, self.sampled = kind, period, 0
+
+    def sample(self, *args: Any, **kwargs: Any) -> TaskRun:
+        run = super().sample(*args, **kwargs)
+        self.sampled += 1
+        if self.sampled % self.period == 0:
+            inner, factor = run.loss_and_grad, {"nan": torch.nan, "inf": torch.inf, "huge": 1e9}
+            calls = iter(range(10**6))
+
+            def broken(params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+                losses, grads = inner(params, batch)
+                scale = factor[self.kind] if next(calls) >= 2 else 1.0
+                return losses * scale, grads * scale
+
+            run.loss_and_grad = broken
+        return run
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "huge"])
+def test_broken_windows_are_skipped_and_counted(kind: str) -> None:
+    task = Breaking(3, kind)
+    trainer = small_trainer(tasks=[task])
+    trainer.fit(6)
+    before = [p.detach().clone() for p in trainer.rule.parameters()]
+    result = trainer.fit(7)  # the first window of the third batch of runs
+    assert result.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.rule.parameters(), strict=True))
+    result = trainer.fit(14)
+    assert task.sampled == 6  # a skipped window draws new runs: 3 + 3 + 1 + 3 + 3 + 1 windows
+    assert result.skipped == 2
+    assert all(torch.isfinite(p).all() for p in trainer.rule.parameters())
+
+
+def test_training_stops_when_every_window_is_broken() -> None:
+    trainer = small_trainer(tasks=[Breaking(3, "nan", period=1)])
+    with pytest.raises(RuntimeError, match="100 updates in a row were skipped"):
+        trainer.fit(1000)
+    assert trainer.outer_step == 100
+
+
+def test_updates_are_what_the_optimizer_makes_of_the_clipped_gradient() -> None:
+    rule = small_rule()
+    trainer = small_trainer(
+        rule=rule,
+        optimizer=torch.optim.SGD(rule.parameters(), lr=0.5),
+        clip_grad=0.1,
+        schedule=lambda outer_step: 1.0 / (outer_step + 1),
+    )
+    for outer_step in range(2):
+        before = rule.flat_parameters().detach()
+        trainer.fit(outer_step + 1)
+        moved = (rule.flat_parameters().detach() - before).norm().item()
+        assert moved == pytest.approx(0.1 * 0.5 / (outer_step + 1), rel=1e-4)
+
+
+def test_horizons_and_groups(tmp_path: Path) -> None:
+    trainer = small_trainer(
+        horizon=[(0, 6), (4, (8, 30))],
+        groups=2,
+        checkpoint_dir=tmp_path,
+    )
+    trainer.fit(30)
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["outer_step"] for row in rows] == [str(i + 1) for i in range(30)]
+    for rows_of_group in (rows[0::2], rows[1::2]):
+        position = 0
+        for row in rows_of_group:
+            horizon = int(row["horizon"])
+            assert int(row["inner_step"]) == min(position + 4, horizon)
+            position = int(row["inner_step"]) % horizon
+    assert {row["horizon"] for row in rows[:4]} == {"6"}
+    later = {int(row["horizon"]) for row in rows[8:]}
+    assert later <= set(range(8, 31))
+    assert len(later) > 1
+
+
+def test_log_uniform_horizons() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [draw_horizon(as_horizon((10, 1000)), 0, generator) for _ in range(2000)]
+    assert min(draws) >= 10
+    assert max(draws) <= 1000
+    below = sum(draw < 100 for draw in draws) / 2000
+    assert below == pytest.approx(0.5, abs=0.05)
+    assert draw_horizon(as_horizon((7, 7)), 0, generator) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": []}, "tasks must be"),
+        ({"tasks": Quadratic()}, "tasks must be a sequence"),
+        ({"runs": 0}, "runs must be"),
+        ({"groups": 1.5}, "groups must be"),
+        ({"horizon": 0}, "horizon must be"),
+        ({"horizon": (20, 10)}, "low <= high"),
+        ({"horizon": (1, 2, 3)}, "horizon must be an int or a"),
+        ({"horizon": [(1, 100)]}, "rise from 0"),
+        ({"horizon": "long"}, "horizon must be"),
+        ({"clip_grad": 0}, "clip_grad must be"),
+        ({"divergence": -1.0}, "divergence must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"task_weights": [1.0, 2.0]}, "one number for each of 1 tasks"),
+        ({"task_weights": [0.0]}, "task_weights must be"),
+        ({"optimizer": torch.optim.Adam(small_rule().parameters())}, "exactly rule.parameters"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        small_trainer(**options)
+
+
+def test_imitation_leaves_the_main_optimizer_alone() -> None:
+    trainer = small_trainer(imitation=meta.Imitation(probability=1.0))
+    before = [p.detach().clone() for p in trainer.rule.parameters()]
+    trainer.fit(5)
+    assert not trainer.optimizer.state
+    assert not all(
+        torch.equal(a, b) for a, b in zip(before, trainer.rule.parameters(), strict=True)
+    )
+
+
+def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    small_trainer(progress=True).fit(3)
+    assert "meta-training: 100%" in capfd.readouterr().err
+    small_trainer(progress=None).fit(3)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> meta.MetaTrainer:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = meta_child.make_trainer(None)
+    result = trainer.fit(meta_child.OUTER_STEPS)
+    torch.set_num_threads(threads)
+    assert result.best_step is not None
+    return trainer
+
+
+def test_fit_in_parts_is_fit_at_once(uninterrupted: meta.MetaTrainer) -> None:
+    trainer = meta_child.make_trainer(None)
+    for outer_steps in (1, 2, 17, meta_child.OUTER_STEPS):
+        trainer.fit(outer_steps)
+    assert_same_bits(trainer, uninterrupted)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 8, 13, 29])
+def test_resumed_training_has_the_same_bits(
+    stop: int, tmp_path: Path, uninterrupted: meta.MetaTrainer
+) -> None:
+    meta_child.make_trainer(tmp_path).fit(stop)
+    trainer = meta_child.make_trainer(tmp_path)
+    trainer.fit(meta_child.OUTER_STEPS)
+    assert_same_bits(trainer, uninterrupted)
+
+
+@pytest.mark.parametrize("mode", meta_child.MODES)
+def test_killed_training_continues_to_the_same_bits(
+    mode: str, tmp_path: Path, uninterrupted: meta.MetaTrainer
+) -> None:
+    command = [sys.executable, "-m", "tests.meta_child", str(tmp_path), mode]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert (CHECKPOINT in names) == (mode != "renaming")
+    assert any(name.endswith(".tmp") for name in names) == (mode != "between-checkpoints")
+    trainer = meta_child.make_trainer(tmp_path)
+    trainer.fit(trainer.outer_step)
+    assert trainer.outer_step == meta_child.KILL_AT
+    trainer.fit(meta_child.OUTER_STEPS)
+    assert_same_bits(trainer, uninterrupted)
+    with open(tmp_path / "log.csv", newline="") as file:
+        steps = [int(row["outer_step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, meta_child.OUTER_STEPS + 1))
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, PREVIOUS, "log.csv"}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Make the system refuse to write files beyond ``size`` bytes, as a full disk would."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path, uninterrupted: meta.MetaTrainer
+) -> None:
+    trainer = meta_child.make_trainer(tmp_path)
+    trainer.fit(10)
+    saved = (tmp_path / CHECKPOINT).read_bytes()
+    with largest_file(len(saved) // 2), pytest.raises(meta.CheckpointError) as caught:
+        trainer.fit(meta_child.OUTER_STEPS)
+    assert "could not write the checkpoint" in str(caught.value)
+    assert "is whole" in str(caught.value)
+    assert (tmp_path / CHECKPOINT).read_bytes() == saved
+    assert not list(tmp_path.glob("*.tmp"))
+    # Both the trainer that failed and a new one go on to the same end.
+    trainer.fit(meta_child.OUTER_STEPS)
+    assert_same_bits(trainer, uninterrupted)
+
+
+def test_damaged_checkpoints(tmp_path: Path, uninterrupted: meta.MetaTrainer) -> None:
+    meta_child.make_trainer(tmp_path).fit(10)
+    current, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    current.write_bytes(current.read_bytes()[:1000])
+    trainer = meta_child.make_trainer(tmp_path)
+    trainer.fit(0)
+    assert trainer.outer_step == 8
+    trainer.fit(meta_child.OUTER_STEPS)
+    assert_same_bits(trainer, uninterrupted)
+    for path in (current, previous):
+        path.write_bytes(b"not a checkpoint")
+    with pytest.raises(meta.CheckpointError, match="can be read"):
+        meta_child.make_trainer(tmp_path).fit(12)
+    torch.save({"version": 99}, current)
+    with pytest.raises(meta.CheckpointError, match="of version 99"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    small_trainer(checkpoint_dir=tmp_path).fit(2)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    other = small_trainer(checkpoint_dir=tmp_path, runs=5, seed=1)
+    start = other.rule.flat_parameters().detach()
+    with pytest.raises(ValueError, match="seed: here 1, saved 0; runs: here 5, saved 4"):
+        other.fit(4)
+    assert torch.equal(start, other.rule.flat_parameters())
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    rule = small_rule()
+    optimizer = torch.optim.Adam(rule.parameters(), lr=2e-3, betas=(0.8, 0.99))
+    with pytest.raises(ValueError, match="optimizer: here"):
+        small_trainer(rule=rule, optimizer=optimizer, checkpoint_dir=tmp_path).fit(4)
