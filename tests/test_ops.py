@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastl2o
@@ -23,6 +25,7 @@ from tests.common import (
     random_window,
     relative_error,
     same_bits,
+    tricky_gradients,
 )
 
 
@@ -224,6 +227,26 @@ def test_reference_step_in_blocks_is_the_same_bits(monkeypatch: pytest.MonkeyPat
         blocks.run(rule)
     for left, right in zip(whole.all(), blocks.all(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+@over_backends
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_cutting_a_tensor_in_pieces_changes_nothing(
+    backend: str, sizes: list[int], seed: int
+) -> None:
+    """The rule is coordinate-wise: only the gradient of a coordinate and its own state count."""
+    rule = SMALL_RULE_CASES[0].make()
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.randn(sum(sizes), generator=generator)
+    grad = tricky_gradients("mixed", (sum(sizes),), generator)
+    state = random_state(rule, (sum(sizes),), generator)
+    pieces = [list(whole.clone().split(sizes)) for whole in (param, grad)]
+    states = [piece.contiguous() for piece in state.split(sizes, dim=1)]
+    with fastl2o.backend(backend):
+        ops.step_(rule, *pieces, states)
+        ops.step_(rule, [param], [grad], [state])
+    torch.testing.assert_close(torch.cat(pieces[0]), param, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.cat(states, dim=1), state, rtol=1e-6, atol=1e-7)
 
 
 def test_float64_state_runs_in_float64() -> None:

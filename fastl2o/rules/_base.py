@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
+# Kernels hold config numbers in float32.
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Rule(nn.Module, abc.ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _cells
 from ._base import (
+    LARGEST,
     Affine,
     LSTMLayer,
     Rule,
@@ -21,7 +21,6 @@ from ._base import (
     truncated_normal_,
 )
 
-_LARGEST = sys.float_info.max
 PREPROCESS = ("identity", "log_sign")
 
 
@@ -42,7 +41,7 @@ class LSTMRule(Rule):
         hidden_size: width H of every layer, 1 to 64.
         num_layers: 0 to 3; with 0 the readout acts on the features and there is no state.
         preprocess: "log_sign" or "identity".
-        p: constant of the preprocessing, above 0 and at most 80 (e^p must fit float32). Paper: 10;
+        p: constant of the preprocessing, from 1e-6 to 80 (e^p must fit float32). Paper: 10;
             DeepMind's code: 5.
         eps: constant of the preprocessing, at least 0. Paper: 0; DeepMind's code: 2^-23.
         output_scale: factor on the readout. DeepMind's code: 0.01 on MNIST, 1 on quadratics;
@@ -81,12 +80,10 @@ class LSTMRule(Rule):
                 f"{', '.join(map(repr, PREPROCESS))}"
             )
         self.preprocess = preprocess
-        self.p = check_number(
-            "p", p, "above 0 and at most 80, so that e^p fits float32", 1e-6, 80.0
-        )
-        self.eps = check_number("eps", eps, "of at least 0", 0.0, _LARGEST)
+        self.p = check_number("p", p, "from 1e-6 to 80, so that e^p fits float32", 1e-6, 80.0)
+        self.eps = check_number("eps", eps, "of at least 0", 0.0, LARGEST)
         self.output_scale = check_number(
-            "output_scale", output_scale, "that is finite", -_LARGEST, _LARGEST
+            "output_scale", output_scale, "that is finite in float32", -LARGEST, LARGEST
         )
         widths = [2 if preprocess == "log_sign" else 1] + [hidden_size] * num_layers
         self.layers = nn.ModuleList(LSTMLayer(width, hidden_size) for width in widths[:-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ from torch.nn import functional
 
 from . import _cells
 from ._base import (
+    LARGEST,
+    SMALLEST,
     Affine,
     LSTMLayer,
     Rule,
@@ -22,7 +23,6 @@ from ._base import (
     truncated_normal_,
 )
 
-_LARGEST = sys.float_info.max
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 # Added outside the square root, as in the authors' code (nn_opt/rnn.py).
 RMS_EPS = 1e-8
@@ -90,9 +90,7 @@ class RNNPropRule(Rule):
         self.num_layers = check_integer("num_layers", num_layers, 1, 3)
         self.beta1 = check_number("beta1", beta1, "of at least 0 and below 1", 0.0, _BELOW_ONE)
         self.beta2 = check_number("beta2", beta2, "of at least 0 and below 1", 0.0, _BELOW_ONE)
-        self.step_size = check_number(
-            "step_size", step_size, "above 0", sys.float_info.min, _LARGEST
-        )
+        self.step_size = check_number("step_size", step_size, "above 0", SMALLEST, LARGEST)
         self.projection = Affine(2, hidden_size)
         self.layers = nn.ModuleList(LSTMLayer(hidden_size, hidden_size) for _ in range(num_layers))
         self.readout = Affine(hidden_size, 1)
