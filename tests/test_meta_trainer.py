@@ -81,10 +81,10 @@ def test_training_lowers_the_losses_and_keeps_the_best() -> None:
     )
     task = Quadratic(dim=3)
     before = meta.run_losses(trainer.rule, task, runs=64, horizon=12, seed=5)[-1].mean()
-    result = trainer.fit(300)
+    result = trainer.fit(160)
     after = meta.run_losses(trainer.best_rule, task, runs=64, horizon=12, seed=5)[-1].mean()
     assert after < 0.7 * before
-    assert result.outer_steps == 300
+    assert result.outer_steps == 160
     assert result.best_step is not None
     assert result.best_step % 20 == 0
     assert result.best_score <= result.last_score

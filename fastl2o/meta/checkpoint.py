@@ -20,8 +20,9 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
-    """Write ``content`` (tensors, numbers, text, lists and dictionaries of them) as the newest
-    checkpoint.
+    """Write ``content`` as the newest checkpoint.
+
+    ``content`` holds tensors, numbers, text, lists and dictionaries of them.
 
     The bytes go to a temporary file that is flushed to the disk and then renamed; the checkpoint
     that was there becomes the previous one. At every moment one of the two names holds a whole

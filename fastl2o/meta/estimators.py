@@ -32,8 +32,7 @@ class MetaGradient(NamedTuple):
 
 
 class TruncatedBPTT:
-    """Back-propagation through windows of ``unroll`` inner steps; the gradient is cut between
-    windows.
+    """Back-propagation through windows of ``unroll`` inner steps, cut between windows.
 
     The meta-loss of a window theta_0 .. theta_T is the mean over its R runs of
 

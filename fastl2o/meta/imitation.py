@@ -25,8 +25,7 @@ _BLOCK = 16_384
 
 @dataclass(frozen=True)
 class Imitation:
-    """With ``probability``, a starting batch of runs follows Adam, and the rule is fitted to Adam's
-    steps.
+    """Some batches of runs follow Adam, and the rule is fitted to Adam's steps.
 
     The gradients seen along Adam's path are fed to the rule; the loss of a step is
     1/2 mean over coordinates of (Adam's step - rule's step)^2, summed over the window, mean over
@@ -86,8 +85,9 @@ class Imitation:
 def _misfit_gradient(
     rule: Rule, grads: Tensor, targets: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Misfit (0-dim) and its gradient (M,), advancing ``progress.state``; ``grads, targets (T, R,
-    D)``.
+    """Misfit (0-dim) and its gradient (M,); advances ``progress.state``.
+
+    ``grads`` and ``targets`` are ``(T, R, D)``.
 
     The rule acts on every coordinate alone, so blocks of coordinates are differentiated one after
     the other.

@@ -1,6 +1,7 @@
-"""Schedules of meta-training: how long runs are, and how the meta-optimizer's rate moves. Pure
-functions of the
-outer step, so that a resumed training needs nothing but that number."""
+"""Schedules of meta-training: how long runs are, and how the meta-optimizer's rate moves.
+
+They are pure functions of the outer step, so that a resumed training needs only that number.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ Range = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Horizons by stage: ``stages`` are (first outer step, horizon) pairs, the first of them at
-    outer step 0.
+    """Horizons by stage.
+
+    ``stages`` are (first outer step, horizon) pairs, the first of them at outer step 0.
 
     A horizon is an int, or a (low, high) pair that is drawn log-uniformly. A batch of runs keeps
     the horizon of the stage in which it starts.
@@ -99,8 +101,9 @@ def longest(horizon: Horizon) -> int:
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Factor on the meta-optimizer's rate: linear warm-up over ``warmup`` outer steps, then
-    ``kind`` to ``final``.
+    """Factor on the meta-optimizer's rate.
+
+    Linear warm-up over ``warmup`` outer steps, then ``kind`` down to ``final``.
 
     Args:
         kind: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``.

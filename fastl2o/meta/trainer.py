@@ -48,8 +48,9 @@ class FitResult(NamedTuple):
 
 
 class MetaTrainer:
-    """Trains a rule's meta-parameters on tasks. One outer step is one window of one batch of runs,
-    and one update.
+    """Trains a rule's meta-parameters on tasks.
+
+    One outer step is one window of one batch of runs, and one update.
 
     A batch of runs is carried from window to window until its horizon; then new runs are drawn. A
     window whose losses or meta-gradient are not finite is not used: the update is skipped and
@@ -69,17 +70,17 @@ class MetaTrainer:
         seed: of tasks, runs and minibatches. Initialise the rule with a generator of your own.
         runs: R, the runs of a batch; they share every kernel call.
         groups: batches of runs in flight, one window each in turn; more of them make successive
-        updates less alike.
+            updates less alike.
         clip_grad: largest 2-norm of the meta-gradient; None for no limit.
-        schedule: factor on the optimizer's rates by outer step, such as ``LRSchedule("cosine",
-        total=1000)``.
+        schedule: factor on the optimizer's rates by outer step, such as
+            ``LRSchedule("cosine", total=1000)``.
         task_weights: relative frequency of each task.
         validation: when and how to score the rule; None for never (there is then no best-so-far
-        selection).
+            selection).
         imitation: mix in imitation of Adam; it has its own copy of the optimizer, as in the paper's
-        code.
+            code.
         divergence: a run whose loss exceeds this factor times its first loss counts as non-finite;
-        None to allow it.
+            None to allow it.
         checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
         checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
         progress: show a progress bar; None shows it on a terminal.

@@ -80,8 +80,7 @@ def start(rule: Rule, run: TaskRun) -> Progress:
 def run_window(
     rule: Rule, progress: Progress, steps: int, *, lr: float = 1.0, weight_decay: float = 0.0
 ) -> Window:
-    """Advance ``progress`` by ``steps`` inner steps, in place, and return what the meta-gradient
-    needs.
+    """Advance ``progress`` by ``steps`` inner steps, in place, and record them.
 
     Each step is one ``ops.step_`` on the ``(R, D)`` tensor. Non-finite gradients are passed on: the
     caller sees them in the losses and decides.

@@ -35,8 +35,9 @@ def run_losses(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Train ``runs`` fresh optimizees for ``horizon`` steps and return f_0 .. f_horizon, ``(horizon
-    + 1, runs)``.
+    """Train ``runs`` fresh optimizees for ``horizon`` steps under ``rule``.
+
+    Returns the losses f_0 .. f_horizon, ``(horizon + 1, runs)``.
 
     The same ``seed`` gives the same data, initial parameters and minibatches whatever the rule.
     Runs that diverge show as non-finite losses.

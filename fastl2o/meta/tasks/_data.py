@@ -39,8 +39,9 @@ class Images(NamedTuple):
 
 
 def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
-    """The MNIST .npz: ``path``, or what ``$FASTL2O_DATA`` names (the file, or a directory with
-    mnist.npz).
+    """The MNIST .npz: ``path``, or what ``$FASTL2O_DATA`` names.
+
+    Either may be a directory that holds mnist.npz.
 
     Raises:
         FileNotFoundError: if neither leads to a file; the message says what to pass.

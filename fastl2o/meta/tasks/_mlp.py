@@ -119,11 +119,11 @@ class _MLPRun(TaskRun):
 
 
 class MLPClassification(Task):
-    """Cross-entropy of an MLP on minibatches of images, drawn uniformly with replacement at every
-    evaluation.
+    """Cross-entropy of a multi-layer perceptron on minibatches of images.
 
-    Coordinates are laid out as the parameters of ``nn.Sequential(Linear, activation, Linear,
-    ...)``: W1 (out, in) row by row, b1, W2, b2 and so on (``module()`` gives that network).
+    A minibatch is drawn uniformly with replacement, anew at every evaluation. Coordinates are laid
+    out as the parameters of ``nn.Sequential(Linear, activation, Linear, ...)``: W1 (out, in) row by
+    row, b1, W2, b2 and so on (``module()`` gives that network).
 
     Args:
         data: ``"digits"`` (scikit-learn's 1,797 8x8 images), ``"mnist"`` (found by
@@ -133,7 +133,7 @@ class MLPClassification(Task):
         activation: ``"sigmoid"``, ``"relu"``, ``"elu"`` or ``"tanh"``.
         batch_size: images a minibatch.
         init_scale: all weights and biases ~ N(0, init_scale^2); or ``"torch"``, ``nn.Linear``'s
-        default.
+            default.
         split: images the runs train on: ``"train"`` all training images; ``"meta_train"`` the first
             ``fraction`` of them, ``"meta_valid"`` the rest (what ``held_out`` gives for
             ``"meta_train"``); ``"test"``.
