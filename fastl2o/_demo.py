@@ -7,7 +7,7 @@ An ordinary PyTorch training loop with the drop-in optimizer, as a user would wr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,8 +103,9 @@ def _train(
     data: Digits,
     setting: DemoSetting,
     seed: int,
+    points: Collection[int],
 ) -> tuple[list[float], list[float], float]:
-    """One training run: minibatch losses, training losses at ``setting.points``, accuracy."""
+    """One training run: minibatch losses, training losses at the steps ``points``, accuracy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -114,7 +115,6 @@ def _train(
         )
         batches = torch.randint(len(data.labels), (setting.steps, setting.batch_size))
     optimizer = make(model.parameters())
-    points = set(setting.points)
     minibatch_losses, train_losses = [], []
     for step in range(setting.steps + 1):
         if step in points:
@@ -154,12 +154,14 @@ def run(
         total=trainings, disable=None if progress else True, desc="training runs", leave=False
     ) as bar:
 
-        def train(make: Any, seed: int) -> tuple[list[float], list[float], float]:
+        def train(
+            make: Any, seed: int, points: Collection[int] = ()
+        ) -> tuple[list[float], list[float], float]:
             bar.update()
-            return _train(make, data, setting, seed)
+            return _train(make, data, setting, seed, points)
 
         def curves(name: str, lr: float | None, make: Any) -> Curves:
-            results = [train(make, seed) for seed in range(setting.seeds)]
+            results = [train(make, seed, setting.points) for seed in range(setting.seeds)]
             train_loss = torch.tensor([losses for _, losses, _ in results]).T
             return Curves(name, lr, train_loss, torch.tensor([result[2] for result in results]))
 

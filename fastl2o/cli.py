@@ -84,6 +84,9 @@ def train(
         int | None, typer.Option(min=1, help="Instead of the recipe's number.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's seed.")] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Outer steps between checkpoints.")
+    ] = 200,
 ) -> None:
     """Meta-train a rule by a recipe, and save the one with the best validation score."""
     from dataclasses import asdict, replace
@@ -104,7 +107,7 @@ def train(
         raise RuntimeError(
             f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
         )
-    trainer = build_trainer(loaded, data, checkpoint_dir=folder)
+    trainer = build_trainer(loaded, data, checkpoint_dir=folder, checkpoint_every=checkpoint_every)
     typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
     result = trainer.fit(loaded.outer_steps)
     card = {
