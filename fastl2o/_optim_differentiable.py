@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from ._optim_plan import Groups, State, create_missing, first_nonfinite, gather, raise_nonfinite
-from ._optim_state import describe_param
+from ._optim_state import as_float, describe_param
 from .rules import Rule
 
 
@@ -59,7 +59,8 @@ def _step_one(
 ) -> tuple[Tensor, Tensor]:
     rule: Rule = group["rule"]
     is_complex = p.is_complex()
-    theta = torch.view_as_real(p.resolve_conj()) if is_complex else p
+    theta = p.clone()  # p is written in place later, but may be saved for the backward here
+    theta = torch.view_as_real(theta.resolve_conj()) if is_complex else theta
     grad = torch.view_as_real(grad.resolve_conj()) if is_complex else grad
     planes: Tensor = entry["planes"]
     dtype = torch.promote_types(planes.dtype, torch.float32)  # of the maths
@@ -67,7 +68,7 @@ def _step_one(
         rule,
         (-grad if group["maximize"] else grad).to(dtype).contiguous(),
         planes.to(dtype).contiguous(),
-        int(entry.get("step", 0)),
+        int(as_float(entry.get("step", 0))),
     )
     lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
     wide = torch.promote_types(theta.dtype, torch.float32)

@@ -20,6 +20,7 @@ from . import ops
 from ._optim_state import (
     PARAM_DTYPES,
     Layout,
+    as_float,
     describe_param,
     laid_out,
     layout_of,
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
         """Read a param group, a tensor ``lr`` by value."""
         return cls(
             group["rule"],
-            float(group["lr"]),
+            as_float(group["lr"]),
             group["weight_decay"],
             group["maximize"],
             group["nonfinite"],

@@ -79,9 +79,14 @@ def check_flags(options: Mapping[str, Any]) -> None:
         )
 
 
+def as_float(number: float | Tensor) -> float:
+    """Return a number or the value of a 1-element tensor; float() warns of one that needs grad."""
+    return float(number.detach()) if isinstance(number, Tensor) else float(number)
+
+
 def _check_number(name: str, value: Any) -> None:
     try:
-        number = float(value)
+        number = as_float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number < math.inf:
@@ -177,7 +182,7 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
     if rule.needs_step and not (
         isinstance(step := state["step"], (int, float, Tensor))
         and (not isinstance(step, Tensor) or (step.numel() == 1 and not step.is_complex()))
-        and 0 <= float(step) < math.inf
+        and 0 <= as_float(step) < math.inf
     ):
         return f"has an impossible 'step': {step}"
     return None
@@ -185,7 +190,7 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
 
 def new_step(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a step counter: a new 0-dim float32 tensor."""
-    return torch.tensor(float(value), dtype=torch.float32, device=device)
+    return torch.tensor(as_float(value), dtype=torch.float32, device=device)
 
 
 def rule_identity(rule: Rule) -> dict[str, Any]:
