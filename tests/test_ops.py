@@ -241,7 +241,7 @@ def test_cutting_a_tensor_in_pieces_changes_nothing(
     grad = tricky_gradients("mixed", (sum(sizes),), generator)
     state = random_state(rule, (sum(sizes),), generator)
     pieces = [list(whole.clone().split(sizes)) for whole in (param, grad)]
-    states = [piece.contiguous() for piece in state.split(sizes, dim=1)]
+    states = [piece.contiguous() for piece in state.clone().split(sizes, dim=1)]
     with fastl2o.backend(backend):
         ops.step_(rule, *pieces, states)
         ops.step_(rule, [param], [grad], [state])
