@@ -173,7 +173,12 @@ def create_missing(plan: Plan, groups: Groups, state: State, grads: list[Tensor]
 
 def _check_tensors(groups: Groups, group_idx: int, position: int, p: Tensor, grad: Tensor) -> None:
     problem = None
-    if p.device.type == "meta":
+    if hasattr(p, "to_local"):
+        problem = (
+            "is a DTensor, and sharded parameters are not supported yet. Train it unsharded "
+            "(DistributedDataParallel works)"
+        )
+    elif p.device.type == "meta":
         problem = "is on the meta device. Materialise the model before the first step"
     elif (p.dtype.to_real() if p.is_complex() else p.dtype) not in PARAM_DTYPES:
         problem = f"has dtype {p.dtype}. Accepted: {PARAM_DTYPES} and complex ones"

@@ -178,6 +178,8 @@ class LearnedOptimizer(Optimizer):
             self._step_lists()
         return loss
 
+    # torch.compile breaks the graph at step(); without this it would go on to trace the planning
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_lists(self) -> None:
         groups = self.param_groups
         plan, grads = gather(groups, self.state, self._plan)
