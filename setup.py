@@ -20,7 +20,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A
 # The limited API has no free-threaded build: there the wheel is tied to one Python version.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 INCLUDES = [str(ROOT / "csrc/include"), str(ROOT / "csrc/cpu")]
-CPU_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No -march and no -ffast-math: each ISA file selects its instructions by pragma, and these flags
 # are part of the numerical contract (without contraction all ISA levels can agree).
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]

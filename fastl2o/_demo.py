@@ -25,10 +25,11 @@ from ._evaluate import (
     pick_learning_rate,
     render_table,
 )
+from .meta.tasks._data import Images, load_images
 from .optim import LearnedOptimizer
 from .rules import Rule
 
-__all__ = ["Curves", "DemoSetting", "Digits", "load_digits", "plot", "run", "table"]
+__all__ = ["Curves", "DemoSetting", "plot", "run", "table"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -64,15 +65,6 @@ class DemoSetting:
         return sorted({*range(0, self.steps + 1, self.every), self.steps})
 
 
-class Digits(NamedTuple):
-    """scikit-learn's digits: pixels in [0, 1], float32 ``(N, 64)``; labels int64 ``(N,)``."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
 class Curves(NamedTuple):
     """What one optimizer did on S seeds."""
 
@@ -82,25 +74,9 @@ class Curves(NamedTuple):
     accuracy: Tensor  # (S,), on the test images after the last step
 
 
-def load_digits(num_test: int = 360) -> Digits:
-    """The 1,797 digits that scikit-learn bundles, split at random (always alike)."""
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise RuntimeError(
-            "the demo needs scikit-learn for its images: pip install 'fastl2o[demo]'"
-        ) from error
-    bunch = load()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(bunch.data).float()[order] / 16
-    labels = torch.from_numpy(bunch.target).long()[order]
-    cut = len(labels) - num_test
-    return Digits(images[:cut], labels[:cut], images[cut:], labels[cut:])
-
-
 def _train(
     make: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
-    data: Digits,
+    data: Images,
     setting: DemoSetting,
     seed: int,
     points: Collection[int],
@@ -109,22 +85,23 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
-            nn.Linear(data.images.shape[1], setting.hidden),
+            nn.Linear(data.train_images.shape[1], setting.hidden),
             ACTIVATIONS[setting.activation](),
-            nn.Linear(setting.hidden, 10),
+            nn.Linear(setting.hidden, data.num_classes),
         )
-        batches = torch.randint(len(data.labels), (setting.steps, setting.batch_size))
+        batches = torch.randint(len(data.train_labels), (setting.steps, setting.batch_size))
     optimizer = make(model.parameters())
     minibatch_losses, train_losses = [], []
     for step in range(setting.steps + 1):
         if step in points:
             with torch.no_grad():
-                train_losses.append(cross_entropy(model(data.images), data.labels).item())
+                loss = cross_entropy(model(data.train_images), data.train_labels)
+            train_losses.append(loss.item())
         if step == setting.steps:
             break
         batch = batches[step]
         optimizer.zero_grad()
-        loss = cross_entropy(model(data.images[batch]), data.labels[batch])
+        loss = cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
         loss.backward()
         optimizer.step()
         minibatch_losses.append(loss.item())
@@ -146,7 +123,11 @@ def run(
         progress: show a progress bar, if stderr is a terminal.
     """
     setting = setting or DemoSetting()
-    data = load_digits()
+    stored = load_images("digits")
+    data = stored._replace(
+        train_images=stored.train_images * stored.scale,
+        test_images=stored.test_images * stored.scale,
+    )
     trainings = len(rules) * setting.seeds + len(HAND_DESIGNED) * (
         len(setting.learning_rates) * setting.tuning_seeds + setting.seeds
     )

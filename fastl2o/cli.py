@@ -268,7 +268,7 @@ def main() -> None:
     """Entry point of the ``fastl2o`` script: expected errors are one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         typer.echo(f"fastl2o: {error}", err=True)
         raise SystemExit(1) from error
 
