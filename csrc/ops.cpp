@@ -52,8 +52,9 @@ void check_config(const RuleConfig& config, const Tensor& meta) {
   STD_TORCH_CHECK(config.hidden_size >= 1 && config.hidden_size <= fastl2o::kMaxHidden,
                   "hidden_size is ", config.hidden_size, "; the CPU kernels accept 1 to ",
                   fastl2o::kMaxHidden);
-  STD_TORCH_CHECK(config.num_layers >= 0 && config.num_layers <= fastl2o::kMaxLayers, "num_layers is ",
-                  config.num_layers, "; the CPU kernels accept 0 to ", fastl2o::kMaxLayers);
+  STD_TORCH_CHECK(config.num_layers >= 0 && config.num_layers <= fastl2o::kMaxLayers,
+                  "num_layers is ", config.num_layers, "; the CPU kernels accept 0 to ",
+                  fastl2o::kMaxLayers);
   STD_TORCH_CHECK(meta.scalar_type() == ScalarType::Float && meta.is_contiguous(),
                   "meta must be a contiguous float32 vector of the rule's meta-parameters");
   STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
@@ -64,11 +65,16 @@ void check_floats(const Tensor& tensor, int64_t numel, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
                   " must be contiguous float32 for the CPU kernels; other types go through the "
                   "reference backend");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " holds ", tensor.numel(), " numbers; expected ", numel);
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " holds ", tensor.numel(), " numbers; expected ",
+                  numel);
 }
 
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+const float* floats(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+float* mutable_floats(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
 
 void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
   torch::stable::parallel_for(0, count, 1, body);
@@ -103,14 +109,17 @@ DType check_lists(const RuleConfig& config, const StepLists& lists) {
     const Tensor &param = lists.params[i], &grad = lists.grads[i], &state = lists.states[i];
     STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && param.numel() == grad.numel(),
                     "gradient ", i, " of the list must have its parameter's type and shape");
-    STD_TORCH_CHECK(state.scalar_type() == state_type, "state ", i, " of the list has another type than the first");
+    STD_TORCH_CHECK(state.scalar_type() == state_type, "state ", i,
+                    " of the list has another type than the first");
     STD_TORCH_CHECK(state.numel() == config.state_planes() * param.numel(), "state ", i,
-                    " of the list must have ", config.state_planes(), " planes of its parameter's shape");
-    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && state.is_contiguous(), "tensors ", i,
-                    " of the lists must be contiguous");
+                    " of the list must have ", config.state_planes(),
+                    " planes of its parameter's shape");
+    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && state.is_contiguous(),
+                    "tensors ", i, " of the lists must be contiguous");
     if (lists.steps != nullptr)
-      STD_TORCH_CHECK((*lists.steps)[i].scalar_type() == ScalarType::Float && (*lists.steps)[i].numel() == 1,
-                      "step ", i, " of the list must be one float32 number");
+      STD_TORCH_CHECK(
+          (*lists.steps)[i].scalar_type() == ScalarType::Float && (*lists.steps)[i].numel() == 1,
+          "step ", i, " of the list must be one float32 number");
   }
   return dtype_of(state_type, "states");
 }
@@ -142,34 +151,35 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
     const Tensor& param = lists.params[i];
     tensors.push_back({param.mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
                        lists.states[i].mutable_data_ptr(),
-                       lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]), param.numel(),
-                       dtype_of(param.scalar_type(), "params")});
+                       lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]),
+                       param.numel(), dtype_of(param.scalar_type(), "params")});
   }
-  const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
-                                         options, parallel_for);
+  const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta),
+                                         tensors, options, parallel_for);
   STD_TORCH_CHECK(bad < 0, "gradient ", bad,
                   " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
                   "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
 }
 
-std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad, const Tensor& state,
-                                          double step, const Tensor& meta) {
+std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad,
+                                          const Tensor& state, double step, const Tensor& meta) {
   check_config(config, meta);
   check_floats(grad, grad.numel(), "grad");
   check_floats(state, config.state_planes() * grad.numel(), "state");
   Tensor update = torch::stable::empty_like(grad);
   Tensor new_state = torch::stable::empty_like(state);
-  fastl2o::cpu::functional_step(fastl2o::cpu::best_kernels(), config, floats(meta), grad.numel(), step,
-                                floats(grad), floats(state), mutable_floats(update),
+  fastl2o::cpu::functional_step(fastl2o::cpu::best_kernels(), config, floats(meta), grad.numel(),
+                                step, floats(grad), floats(state), mutable_floats(update),
                                 mutable_floats(new_state), parallel_for);
   return {update, new_state};
 }
 
 // The functional step's backward is a window of one step with dL/du given outright.
-std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& config, const Tensor& d_update,
-                                                           const Tensor& d_new_state, const Tensor& grad,
-                                                           const Tensor& state, double step,
-                                                           const Tensor& meta) {
+std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& config,
+                                                           const Tensor& d_update,
+                                                           const Tensor& d_new_state,
+                                                           const Tensor& grad, const Tensor& state,
+                                                           double step, const Tensor& meta) {
   check_config(config, meta);
   const int64_t numel = grad.numel();
   check_floats(grad, numel, "grad");
@@ -191,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& con
   args.d_meta = mutable_floats(d_meta);
   args.d_state = mutable_floats(d_state);
   args.d_grads = mutable_floats(d_grad);
-  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args, parallel_for);
+  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args,
+                                parallel_for);
   return {d_grad, d_state, d_meta};
 }
 
@@ -200,7 +211,8 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
                                                const Tensor& loss_weights, int64_t steps, double lr,
                                                double weight_decay) {
   check_config(config, meta);
-  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(), " dimensions");
+  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
+                  " dimensions");
   UnrollArgs args;
   args.rows = grads.size(0);
   args.runs = grads.size(1);
@@ -222,7 +234,8 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
   args.loss_weights = floats(loss_weights);
   args.d_meta = mutable_floats(d_meta);
   args.d_state = mutable_floats(d_state);
-  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args, parallel_for);
+  fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args,
+                                parallel_for);
   return {d_meta, d_state};
 }
 

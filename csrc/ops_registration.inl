@@ -1,18 +1,20 @@
 // One function per schema of fastl2o/ops.py, in the argument order of the schema.
 
 void lstm_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-                Tensor meta, int64_t hidden_size, int64_t num_layers, bool log_sign, double p, double eps,
-                double output_scale, double lr, double weight_decay, bool maximize, int64_t nonfinite,
-                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                Tensor meta, int64_t hidden_size, int64_t num_layers, bool log_sign, double p,
+                double eps, double output_scale, double lr, double weight_decay, bool maximize,
+                int64_t nonfinite, std::optional<Tensor> grad_scale,
+                std::optional<Tensor> found_inf) {
   run_step(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale),
-           {params, grads, states, nullptr}, meta, lr, weight_decay, maximize, nonfinite, grad_scale,
-           found_inf);
+           {params, grads, states, nullptr}, meta, lr, weight_decay, maximize, nonfinite,
+           grad_scale, found_inf);
 }
 
-void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-                   std::vector<Tensor> steps, Tensor meta, int64_t hidden_size, int64_t num_layers,
-                   double beta1, double beta2, double step_size, double lr, double weight_decay,
-                   bool maximize, int64_t nonfinite, std::optional<Tensor> grad_scale,
+void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                   std::vector<Tensor> states, std::vector<Tensor> steps, Tensor meta,
+                   int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
+                   double step_size, double lr, double weight_decay, bool maximize,
+                   int64_t nonfinite, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf) {
   run_step(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
            {params, grads, states, &steps}, meta, lr, weight_decay, maximize, nonfinite, grad_scale,
@@ -22,46 +24,52 @@ void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
 std::tuple<Tensor, Tensor> lstm_step(Tensor grad, Tensor state, Tensor meta, int64_t hidden_size,
                                      int64_t num_layers, bool log_sign, double p, double eps,
                                      double output_scale) {
-  return run_functional(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale), grad, state,
-                        0.0, meta);
+  return run_functional(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale), grad,
+                        state, 0.0, meta);
 }
 
 std::tuple<Tensor, Tensor> rnnprop_step(Tensor grad, Tensor state, int64_t step, Tensor meta,
                                         int64_t hidden_size, int64_t num_layers, double beta1,
                                         double beta2, double step_size) {
-  return run_functional(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size), grad, state,
-                        double(step), meta);
+  return run_functional(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size), grad,
+                        state, double(step), meta);
 }
 
-std::tuple<Tensor, Tensor, Tensor> lstm_step_backward(Tensor d_update, Tensor d_new_state, Tensor grad,
-                                                      Tensor state, Tensor meta, int64_t hidden_size,
-                                                      int64_t num_layers, bool log_sign, double p,
-                                                      double eps, double output_scale) {
-  return run_functional_backward(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale),
-                                 d_update, d_new_state, grad, state, 0.0, meta);
+std::tuple<Tensor, Tensor, Tensor> lstm_step_backward(Tensor d_update, Tensor d_new_state,
+                                                      Tensor grad, Tensor state, Tensor meta,
+                                                      int64_t hidden_size, int64_t num_layers,
+                                                      bool log_sign, double p, double eps,
+                                                      double output_scale) {
+  return run_functional_backward(
+      lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale), d_update, d_new_state,
+      grad, state, 0.0, meta);
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnnprop_step_backward(Tensor d_update, Tensor d_new_state, Tensor grad,
-                                                         Tensor state, int64_t step, Tensor meta,
-                                                         int64_t hidden_size, int64_t num_layers,
-                                                         double beta1, double beta2, double step_size) {
+std::tuple<Tensor, Tensor, Tensor> rnnprop_step_backward(Tensor d_update, Tensor d_new_state,
+                                                         Tensor grad, Tensor state, int64_t step,
+                                                         Tensor meta, int64_t hidden_size,
+                                                         int64_t num_layers, double beta1,
+                                                         double beta2, double step_size) {
   return run_functional_backward(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
                                  d_update, d_new_state, grad, state, double(step), meta);
 }
 
 std::tuple<Tensor, Tensor> lstm_unroll_backward(Tensor grads, Tensor state, Tensor meta,
-                                                Tensor loss_weights, int64_t steps, int64_t hidden_size,
-                                                int64_t num_layers, bool log_sign, double p, double eps,
-                                                double output_scale, double lr, double weight_decay) {
-  return run_unroll_backward(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale), grads,
-                             state, 0.0, meta, loss_weights, steps, lr, weight_decay);
+                                                Tensor loss_weights, int64_t steps,
+                                                int64_t hidden_size, int64_t num_layers,
+                                                bool log_sign, double p, double eps,
+                                                double output_scale, double lr,
+                                                double weight_decay) {
+  return run_unroll_backward(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale),
+                             grads, state, 0.0, meta, loss_weights, steps, lr, weight_decay);
 }
 
-std::tuple<Tensor, Tensor> rnnprop_unroll_backward(Tensor grads, Tensor state, int64_t step, Tensor meta,
-                                                   Tensor loss_weights, int64_t steps,
-                                                   int64_t hidden_size, int64_t num_layers, double beta1,
-                                                   double beta2, double step_size, double lr,
-                                                   double weight_decay) {
-  return run_unroll_backward(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size), grads,
-                             state, double(step), meta, loss_weights, steps, lr, weight_decay);
+std::tuple<Tensor, Tensor> rnnprop_unroll_backward(Tensor grads, Tensor state, int64_t step,
+                                                   Tensor meta, Tensor loss_weights, int64_t steps,
+                                                   int64_t hidden_size, int64_t num_layers,
+                                                   double beta1, double beta2, double step_size,
+                                                   double lr, double weight_decay) {
+  return run_unroll_backward(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
+                             grads, state, double(step), meta, loss_weights, steps, lr,
+                             weight_decay);
 }

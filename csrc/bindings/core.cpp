@@ -1,5 +1,7 @@
 // pybind11 bindings of the torch-free core, for the tests of each instruction set and the
 // microbenchmarks. NumPy arrays in, NumPy arrays out; never part of a wheel.
+#include "core.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,8 +9,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "core.h"
 
 namespace py = pybind11;
 using fastl2o::Family;
@@ -39,7 +39,8 @@ fastl2o::cpu::ParallelFor threads_of(int count) {
 
 RuleConfig config_from(const py::dict& fields) {
   RuleConfig config;
-  config.family = fields["family"].cast<std::string>() == "rnnprop" ? Family::rnnprop : Family::lstm;
+  config.family =
+      fields["family"].cast<std::string>() == "rnnprop" ? Family::rnnprop : Family::lstm;
   auto number = [&](const char* name, auto& field) {
     if (fields.contains(name)) field = fields[name].cast<std::decay_t<decltype(field)>>();
   };
@@ -63,16 +64,17 @@ py::tuple step(const std::string& isa, const py::dict& fields, const FloatArray&
   if (meta.size() != MetaLayout(config).total || state.size() != config.state_planes() * numel)
     throw py::value_error("meta or state does not have the rule's size");
   FloatArray update(numel), new_state({int64_t(config.state_planes()), numel});
-  fastl2o::cpu::functional_step(kernels_named(isa), config, meta.data(), numel, first_step, grad.data(),
-                                state.data(), update.mutable_data(), new_state.mutable_data(),
-                                threads_of(threads));
+  fastl2o::cpu::functional_step(kernels_named(isa), config, meta.data(), numel, first_step,
+                                grad.data(), state.data(), update.mutable_data(),
+                                new_state.mutable_data(), threads_of(threads));
   return py::make_tuple(update, new_state);
 }
 
 // grads (K, R, D), state (S, R, D), loss_weights (K, R) -> d_meta (M,), d_state (S, R, D).
 py::tuple unroll_backward(const std::string& isa, const py::dict& fields, const FloatArray& meta,
-                          const FloatArray& grads, const FloatArray& state, const FloatArray& loss_weights,
-                          int64_t steps, double first_step, double lr, double weight_decay, int threads) {
+                          const FloatArray& grads, const FloatArray& state,
+                          const FloatArray& loss_weights, int64_t steps, double first_step,
+                          double lr, double weight_decay, int threads) {
   const RuleConfig config = config_from(fields);
   fastl2o::cpu::UnrollArgs args;
   args.steps = steps;
@@ -84,7 +86,8 @@ py::tuple unroll_backward(const std::string& isa, const py::dict& fields, const 
   args.weight_decay = float(weight_decay);
   const int64_t numel = args.runs * args.dim;
   if (meta.size() != MetaLayout(config).total || state.size() != config.state_planes() * numel ||
-      loss_weights.size() != args.rows * args.runs || (args.rows != steps && args.rows != steps + 1))
+      loss_weights.size() != args.rows * args.runs ||
+      (args.rows != steps && args.rows != steps + 1))
     throw py::value_error("meta, state, grads or loss_weights does not have the rule's size");
   FloatArray d_meta(meta.size()), d_state({int64_t(config.state_planes()), args.runs, args.dim});
   args.grads = grads.data();
@@ -106,7 +109,8 @@ std::vector<std::string> instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(fastl2o_core, m) {
-  m.doc() = "The torch-free core of fastl2o, one function per kernel and instruction set (tests only).";
+  m.doc() =
+      "The torch-free core of fastl2o, one function per kernel and instruction set (tests only).";
   m.def("instruction_sets", &instruction_sets, "Names usable as `isa` on this processor.");
   m.def("step", &step, py::arg("isa"), py::arg("config"), py::arg("meta"), py::arg("grad"),
         py::arg("state"), py::arg("first_step") = 0.0, py::arg("threads") = 1);

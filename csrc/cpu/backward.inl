@@ -27,7 +27,8 @@ static void pack_backward(const RuleConfig& config, const float* meta, float* pa
 }
 
 template <int V, int B, bool add>
-FASTL2O_INLINE const float* transposed_block(const float* packed, const float* d, int rows, float* out) {
+FASTL2O_INLINE const float* transposed_block(const float* packed, const float* d, int rows,
+                                             float* out) {
   Vec sum[B][V];
   for (int k = 0; k < B; ++k)
     for (int v = 0; v < V; ++v) sum[k][v] = add ? load(out + k * kLanes<V> + v * kWidth) : Vec{};
@@ -49,7 +50,8 @@ FASTL2O_INLINE const float* transposed_block(const float* packed, const float* d
 
 // out (columns) = or += matrix^T d (rows), for a matrix packed by pack_columns.
 template <int V, bool add>
-static void transposed_product(const float* packed, const float* d, int rows, int columns, float* out) {
+static void transposed_product(const float* packed, const float* d, int rows, int columns,
+                               float* out) {
   int first = 0;
   for (; first + kTransposedBlock <= columns; first += kTransposedBlock)
     packed = transposed_block<V, kTransposedBlock, add>(packed, d, rows, out + first * kLanes<V>);
@@ -95,7 +97,8 @@ struct StepPlanes {
 };
 
 template <int V, int R, int C>
-FASTL2O_INLINE void gradient_block(StepPlanes d, StepPlanes x, int64_t steps, double* out, int columns) {
+FASTL2O_INLINE void gradient_block(StepPlanes d, StepPlanes x, int64_t steps, double* out,
+                                   int columns) {
   Vec sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = Vec{};
@@ -119,8 +122,8 @@ FASTL2O_INLINE void gradient_block(StepPlanes d, StepPlanes x, int64_t steps, do
 }
 
 template <int V, int R>
-FASTL2O_INLINE void gradient_columns(StepPlanes d, StepPlanes x, int first, int count, int64_t steps,
-                                     double* out, int columns) {
+FASTL2O_INLINE void gradient_columns(StepPlanes d, StepPlanes x, int first, int count,
+                                     int64_t steps, double* out, int columns) {
   x.base += first * kLanes<V>;
   out += first;
   if (count == kGradientColumns) {
@@ -133,7 +136,8 @@ FASTL2O_INLINE void gradient_columns(StepPlanes d, StepPlanes x, int first, int 
 
 // out (rows, columns) += sum over steps and lanes of d x^T.
 template <int V>
-static void weight_gradient(StepPlanes d, int rows, StepPlanes x, int columns, int64_t steps, double* out) {
+static void weight_gradient(StepPlanes d, int rows, StepPlanes x, int columns, int64_t steps,
+                            double* out) {
   for (int first = 0; first < columns; first += kGradientColumns) {
     const int count = columns - first < kGradientColumns ? columns - first : kGradientColumns;
     StepPlanes left = d;

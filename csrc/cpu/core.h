@@ -20,10 +20,10 @@ using ParallelFor = std::function<void(int64_t count, const RangeBody& body)>;
 
 // One tensor of the optimizer: contiguous, `numel` coordinates.
 struct StepTensor {
-  void* param;            // param_dtype, read and written
-  void* grad;             // param_dtype, read; written back unscaled when a grad scale is given
-  void* state;            // state_dtype, (state_planes, numel), read and written
-  float* step;            // steps already taken, incremented; null for rules that count none
+  void* param;  // param_dtype, read and written
+  void* grad;   // param_dtype, read; written back unscaled when a grad scale is given
+  void* state;  // state_dtype, (state_planes, numel), read and written
+  float* step;  // steps already taken, incremented; null for rules that count none
   int64_t numel;
   DType param_dtype;
   // 1 / (1 - beta^t) for this step's t; filled in by step().
@@ -44,11 +44,11 @@ struct StepOptions {
 // One truncation window; see kernels/lstm/README.md for the identity it evaluates.
 // R runs of D coordinates, N = R * D. Exactly one of loss_weights and d_update is given.
 struct UnrollArgs {
-  int64_t steps = 0;              // T
-  int64_t rows = 0;               // K: T, or T + 1 when the gradient at the last point is recorded
-  int64_t runs = 0;               // R
-  int64_t dim = 0;                // D
-  double first_step = 0;          // steps taken before the window (RNNprop's bias correction)
+  int64_t steps = 0;      // T
+  int64_t rows = 0;       // K: T, or T + 1 when the gradient at the last point is recorded
+  int64_t runs = 0;       // R
+  int64_t dim = 0;        // D
+  double first_step = 0;  // steps taken before the window (RNNprop's bias correction)
   float lr = 1.0f;
   float weight_decay = 0.0f;
   const float* grads = nullptr;         // (K, N)

@@ -6,11 +6,12 @@ inline constexpr int kLanes = V * kWidth;
 
 // Rows of the packed forward weights: for each block of units, the bias and then, for each input
 // and each hidden value k, the weights of gates i, f, g, o of each unit of the block. So the inner
-// product reads them in order. They carry the scale that makes a preactivation an exponent of two.
+// product reads them in order.
 FASTL2O_INLINE int64_t packed_forward_floats(const RuleConfig& config) {
   int64_t total = 0;
   for (int layer = 0; layer < config.num_layers; ++layer)
-    total += 4 * int64_t(config.hidden_size) * (1 + config.layer_inputs(layer) + config.hidden_size);
+    total +=
+        4 * int64_t(config.hidden_size) * (1 + config.layer_inputs(layer) + config.hidden_size);
   return total;
 }
 
@@ -28,16 +29,16 @@ static void pack_forward(const RuleConfig& config, const float* meta, float* pac
         for (int u = 0; u < units; ++u)
           for (int gate = 0; gate < 4; ++gate) {
             const int row = gate * hidden + unit + u;
-            const float value = k < 0        ? bias[row]
-                                : k < inputs ? weight_ih[int64_t(row) * inputs + k]
-                                             : weight_hh[int64_t(row) * hidden + k - inputs];
-            *packed++ = value * (gate == 2 ? kTanhScale : kSigmoidScale);
+            *packed++ = k < 0        ? bias[row]
+                        : k < inputs ? weight_ih[int64_t(row) * inputs + k]
+                                     : weight_hh[int64_t(row) * hidden + k - inputs];
           }
     }
   }
 }
 
-// Rows of a tile's lanes, `stride` floats apart: a buffer, or the planes of a tensor's state itself.
+// Rows of a tile's lanes, `stride` floats apart: a buffer, or the planes of a tensor's state
+// itself.
 struct Rows {
   float* base;
   int64_t stride;
@@ -49,9 +50,9 @@ struct Rows {
 struct LayerState {
   const float* h_in;  // (H) rows of kLanes
   Rows c_in;
-  Rows c_out;         // may be c_in
-  float* h_next;      // (H) rows of kLanes
-  Rows h_out;         // the live step's state; unused when recording
+  Rows c_out;     // may be c_in
+  float* h_next;  // (H) rows of kLanes
+  Rows h_out;     // the live step's state; unused when recording
 };
 
 // Where the unroll keeps what the backward pass needs of one layer; unused by the live step.
@@ -61,7 +62,8 @@ struct GatePlanes {
 };
 
 template <int V, int U>
-FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, const float* x, int rows) {
+FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, const float* x,
+                               int rows) {
   for (int k = 0; k < rows; ++k) {
     Vec input[V];
     for (int v = 0; v < V; ++v) input[v] = load(x + k * kLanes<V> + v * kWidth);
@@ -75,7 +77,7 @@ FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, cons
   }
 }
 
-// The gates of U units from their scaled preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g),
+// The gates of U units from their preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g),
 // over one common denominator, and the denominator of sigmoid(o) into h_next for outputs() below.
 // `record` also keeps the activations; c' is computed by the same operations either way, so a
 // replay repeats the live step's bits.
@@ -88,10 +90,10 @@ FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, i
     Vec exponents[3 * V], denominators[3 * V], candidate_exponents[V], candidates[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      exponents[v] = sum[4 * u][v];
-      exponents[V + v] = sum[4 * u + 1][v];
-      exponents[2 * V + v] = sum[4 * u + 3][v];
-      candidate_exponents[v] = sum[4 * u + 2][v];
+      exponents[v] = sum[4 * u][v] * kSigmoidScale;
+      exponents[V + v] = sum[4 * u + 1][v] * kSigmoidScale;
+      exponents[2 * V + v] = sum[4 * u + 3][v] * kSigmoidScale;
+      candidate_exponents[v] = sum[4 * u + 2][v] * kTanhScale;
     }
     sigmoid_denominators(exponents, denominators);
     tanh_numerators(candidate_exponents, candidates);
@@ -100,7 +102,8 @@ FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, i
       const int at = (unit + u) * lanes + v * kWidth;
       const Vec m = candidates[v], forget = denominators[V + v];
       const Vec input = denominators[v] * (m + 2.0f);
-      const Vec c = fma(load(state.c_in.at(unit + u, v)), input, m * forget) * reciprocal(input * forget);
+      const Vec c =
+          fma(load(state.c_in.at(unit + u, v)), input, m * forget) * reciprocal(input * forget);
       store(state.c_out.at(unit + u, v), c);
       store(state.h_next + at, denominators[2 * V + v]);
       if constexpr (record) {
@@ -120,7 +123,8 @@ FASTL2O_INLINE void outputs(const LayerState& state, int unit, const GatePlanes&
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) exponents[u * V + v] = load(state.c_out.at(unit + u, v)) * kTanhScale;
+    for (int v = 0; v < V; ++v)
+      exponents[u * V + v] = load(state.c_out.at(unit + u, v)) * kTanhScale;
   tanh_numerators(exponents, m);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
@@ -137,7 +141,7 @@ FASTL2O_INLINE void outputs(const LayerState& state, int unit, const GatePlanes&
     }
 }
 
-// Scaled preactivations of U units, then their gates.
+// Preactivations of U units, then their gates.
 template <int V, int U, bool record>
 FASTL2O_INLINE const float* unit_block(const float* weights, const float* x, int inputs,
                                        const LayerState& state, int hidden, int unit,
@@ -154,8 +158,9 @@ FASTL2O_INLINE const float* unit_block(const float* weights, const float* x, int
 
 // One layer: x (inputs rows) and the old state to the new state.
 template <int V, bool record>
-static const float* layer_forward(const float* weights, const float* x, int inputs, const LayerState& state,
-                                  int hidden, const GatePlanes& planes, Prefetch& prefetch) {
+static const float* layer_forward(const float* weights, const float* x, int inputs,
+                                  const LayerState& state, int hidden, const GatePlanes& planes,
+                                  Prefetch& prefetch) {
   int unit = 0;
   for (; unit + kUnitBlock <= hidden; unit += kUnitBlock) {
     prefetch.advance();
@@ -170,16 +175,19 @@ static const float* layer_forward(const float* weights, const float* x, int inpu
 
 // out = weight . x + bias over `rows` rows.
 template <int V>
-FASTL2O_INLINE void dense_row(const float* weight, float bias, const float* x, int rows, Vec (&out)[V]) {
+FASTL2O_INLINE void dense_row(const float* weight, float bias, const float* x, int rows,
+                              Vec (&out)[V]) {
   for (int v = 0; v < V; ++v) out[v] = splat(bias);
   for (int k = 0; k < rows; ++k)
     for (int v = 0; v < V; ++v)
       out[v] = fma(splat(weight[k]), load(x + k * kLanes<V> + v * kWidth), out[v]);
 }
 
-// LSTM rule: the one or two inputs of specs "gradient preprocessing" (arXiv 1606.04474, appendix A).
+// LSTM rule: the one or two inputs of specs "gradient preprocessing" (arXiv 1606.04474, appendix
+// A).
 template <int V>
-FASTL2O_INLINE void gradient_features(const RuleConfig& config, float exp_p, const float* grad, float* x) {
+FASTL2O_INLINE void gradient_features(const RuleConfig& config, float exp_p, const float* grad,
+                                      float* x) {
   for (int v = 0; v < V; ++v) {
     const Vec g = load(grad + v * kWidth);
     if (!config.log_sign) {
@@ -211,8 +219,8 @@ struct MomentCorrection {
 };
 
 // RNNprop: m, v and the scaled gradient and momentum (arXiv 1703.03633, section 4.2).
-FASTL2O_INLINE void moment_features(const MomentDecay& decay, Vec correction1, Vec correction2, Vec g,
-                                    Vec& m, Vec& v, Vec& g_scaled, Vec& m_scaled) {
+FASTL2O_INLINE void moment_features(const MomentDecay& decay, Vec correction1, Vec correction2,
+                                    Vec g, Vec& m, Vec& v, Vec& g_scaled, Vec& m_scaled) {
   m = fma(splat(decay.one_minus_beta1), g, m * decay.beta1);
   v = fma(g * decay.one_minus_beta2, g, v * decay.beta2);
   const Vec root = square_root(v * correction2) + 1e-8f;
@@ -222,7 +230,8 @@ FASTL2O_INLINE void moment_features(const MomentDecay& decay, Vec correction1, V
 
 // z = ELU(P x + b), the first layer's inputs.
 template <int V>
-FASTL2O_INLINE void project(const float* weight, const float* bias, const float* x, float* z, int hidden) {
+FASTL2O_INLINE void project(const float* weight, const float* bias, const float* x, float* z,
+                            int hidden) {
   for (int k = 0; k < hidden; ++k) {
     Vec out[V];
     dense_row<V>(weight + 2 * k, bias[k], x, 2, out);

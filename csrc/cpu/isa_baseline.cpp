@@ -1,4 +1,5 @@
-// What every processor of the architecture has: vectors of four floats, no fused multiply-add on x86.
+// What every processor of the architecture has: vectors of four floats, no fused multiply-add on
+// x86.
 #include "tile_kernels.h"
 
 #define FASTL2O_ISA baseline

@@ -9,12 +9,15 @@ inline constexpr int kStepVectors = FASTL2O_STEP_VECTORS;
 inline constexpr int kUnrollVectors = FASTL2O_UNROLL_VECTORS;
 inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
 
+// In the order of use: each builds on those above it.
+// clang-format off
 #include "simd.inl"
 #include "math.inl"
 #include "forward.inl"
 #include "step.inl"
 #include "backward.inl"
 #include "unroll.inl"
+// clang-format on
 
 static int64_t packed_floats(const RuleConfig& config, bool backward) {
   return packed_forward_floats(config) * (backward ? 2 : 1);

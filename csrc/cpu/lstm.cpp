@@ -42,7 +42,8 @@ size_t owner_of(const std::vector<int64_t>& starts, int64_t at) {
   return size_t(std::upper_bound(starts.begin(), starts.end(), at) - starts.begin()) - 1;
 }
 
-std::vector<bool> find_nonfinite(const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
+std::vector<bool> find_nonfinite(const std::vector<StepTensor>& tensors,
+                                 const ParallelFor& parallel_for) {
   const std::vector<int64_t> starts = starts_of(tensors);
   const int64_t total = starts.back();
   std::vector<std::atomic<bool>> found(tensors.size());
@@ -91,7 +92,8 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
     std::vector<Segment> segments(lanes);
     size_t tensor = owner_of(starts, begin * lanes);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int count = fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments.data());
+      const int count =
+          fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments.data());
       kernels.step(context, {segments.data(), count});
       tensor = size_t(segments[count - 1].tensor - tensors.data());
       if (starts[tensor + 1] == (tile + 1) * lanes) ++tensor;
@@ -106,11 +108,12 @@ constexpr int64_t kPartialBytes = 8 << 20;
 
 int64_t choose_segment_steps(const TileKernels& kernels, const RuleConfig& config, int64_t steps) {
   const int64_t state = config.state_planes();
-  const int64_t record =
-      config.num_features() + 2 * config.num_inputs() + 4 + 7 * config.num_layers * config.hidden_size;
+  const int64_t record = config.num_features() + 2 * config.num_inputs() + 4 +
+                         7 * config.num_layers * config.hidden_size;
   const int64_t in_cache = kRecordBytes / (record * kernels.unroll_tile * int64_t(sizeof(float)));
   // Checkpoints and records take the least memory together when they are of equal size.
-  const auto balanced = int64_t(std::ceil(std::sqrt(double(steps) * double(state) / double(record))));
+  const auto balanced =
+      int64_t(std::ceil(std::sqrt(double(steps) * double(state) / double(record))));
   return std::clamp<int64_t>(std::max(in_cache, balanced), 1, std::max<int64_t>(steps, 1));
 }
 
@@ -139,7 +142,8 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
     tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
     tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
   }
-  const StepContext context{config, options, meta, packed.data(), float(std::exp(double(config.p)))};
+  const StepContext context{config, options, meta, packed.data(),
+                            float(std::exp(double(config.p)))};
   step_tiles(kernels, context, tensors, parallel_for);
   for (StepTensor& tensor : tensors)
     if (tensor.step != nullptr) *tensor.step += 1.0f;
@@ -164,8 +168,10 @@ void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const
                      const UnrollArgs& args, const ParallelFor& parallel_for) {
   std::vector<float> packed(size_t(kernels.packed_floats(config, true)));
   kernels.pack(config, true, meta, packed.data());
-  const UnrollContext context{config,        args,
-                              meta,          packed.data(),
+  const UnrollContext context{config,
+                              args,
+                              meta,
+                              packed.data(),
                               float(std::exp(double(config.p))),
                               choose_segment_steps(kernels, config, args.steps)};
   const int64_t total = args.runs * args.dim;
@@ -173,7 +179,8 @@ void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const
   const int64_t size = MetaLayout(config).total;
   // One partial gradient per chunk of tiles, added in order. The chunks depend on the problem only,
   // so the number of threads does not change a bit.
-  const int64_t affordable = std::max<int64_t>(16, kPartialBytes / (size * int64_t(sizeof(double))));
+  const int64_t affordable =
+      std::max<int64_t>(16, kPartialBytes / (size * int64_t(sizeof(double))));
   const int64_t chunks = std::min({tiles, kMaxChunks, affordable});
   std::vector<double> partials(size_t(chunks * size), 0.0);
   parallel_for(chunks, [&](int64_t begin, int64_t end) {
@@ -201,7 +208,8 @@ const TileKernels* find_kernels(const char* name) {
                ? &kAvx512Kernels
                : nullptr;
   if (std::strcmp(name, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2Kernels : nullptr;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2Kernels
+                                                                           : nullptr;
 #endif
   return std::strcmp(name, "baseline") == 0 ? &kBaselineKernels : nullptr;
 }

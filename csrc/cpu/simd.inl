@@ -16,11 +16,14 @@ FASTL2O_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p)
 FASTL2O_INLINE IVec bits(Vec v) { return reinterpret_cast<IVec>(v); }
 FASTL2O_INLINE Vec from_bits(IVec v) { return reinterpret_cast<Vec>(v); }
 FASTL2O_INLINE Vec absolute(Vec x) { return from_bits(bits(x) & 0x7fffffff); }
-// minimum and maximum return b when either operand is NaN, so a NaN in b survives a clamp against a.
+// minimum and maximum return b when either operand is NaN, so a NaN in b survives a clamp against
+// a.
 
 #if FASTL2O_WIDTH == 16
 
-FASTL2O_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+FASTL2O_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 FASTL2O_INLINE Vec square_root(Vec x) { return (Vec)_mm512_sqrt_ps((__m512)x); }
 FASTL2O_INLINE Vec minimum(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 FASTL2O_INLINE Vec maximum(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -33,8 +36,12 @@ FASTL2O_INLINE void split(Vec x, Vec& n, Vec& r) {
 FASTL2O_INLINE Vec above_floor(Vec x) {
   return (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
-FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec) { return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x); }
-FASTL2O_INLINE Vec scale_by_power(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
+FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec) {
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+FASTL2O_INLINE Vec scale_by_power(Vec x, Vec n) {
+  return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+}
 // One Newton step on the 14-bit estimate: within 1 ulp or so for 1 <= x < 2^126.
 FASTL2O_INLINE Vec reciprocal(Vec x) {
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
@@ -51,7 +58,9 @@ FASTL2O_INLINE void store_some(float* p, int count, Vec v) {
 #else
 
 #if FASTL2O_WIDTH == 8
-FASTL2O_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+FASTL2O_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 FASTL2O_INLINE Vec square_root(Vec x) { return (Vec)_mm256_sqrt_ps((__m256)x); }
 FASTL2O_INLINE Vec minimum(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 FASTL2O_INLINE Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }

@@ -4,7 +4,9 @@
 FASTL2O_INLINE float bits_to_float(uint32_t value) { return __builtin_bit_cast(float, value); }
 FASTL2O_INLINE uint32_t float_to_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
 
-FASTL2O_INLINE float bfloat16_to_float(uint16_t value) { return bits_to_float(uint32_t(value) << 16); }
+FASTL2O_INLINE float bfloat16_to_float(uint16_t value) {
+  return bits_to_float(uint32_t(value) << 16);
+}
 
 // Round to nearest even; a NaN stays a quiet NaN.
 FASTL2O_INLINE uint16_t float_to_bfloat16(float value) {
@@ -40,9 +42,7 @@ FASTL2O_INLINE void copy_floats(const float* from, int count, float* to) {
 
 static void read_values(const void* source, DType dtype, int64_t offset, int count, float* out) {
   switch (dtype) {
-    case DType::f32:
-      copy_floats(static_cast<const float*>(source) + offset, count, out);
-      return;
+    case DType::f32: copy_floats(static_cast<const float*>(source) + offset, count, out); return;
     case DType::f64: {
       const double* from = static_cast<const double*>(source) + offset;
       for (int i = 0; i < count; ++i) out[i] = float(from[i]);
@@ -61,11 +61,10 @@ static void read_values(const void* source, DType dtype, int64_t offset, int cou
   }
 }
 
-static void write_values(void* target, DType dtype, int64_t offset, int count, const float* values) {
+static void write_values(void* target, DType dtype, int64_t offset, int count,
+                         const float* values) {
   switch (dtype) {
-    case DType::f32:
-      copy_floats(values, count, static_cast<float*>(target) + offset);
-      return;
+    case DType::f32: copy_floats(values, count, static_cast<float*>(target) + offset); return;
     case DType::f64: {
       double* to = static_cast<double*>(target) + offset;
       for (int i = 0; i < count; ++i) to[i] = values[i];
@@ -116,8 +115,8 @@ static void read_state(const StepContext& context, const Segment& part, int firs
     return;
   }
   for (int plane = first; plane < last; ++plane)
-    read_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset, part.count,
-                to + plane * lanes);
+    read_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset,
+                part.count, to + plane * lanes);
 }
 
 static void write_state(const StepContext& context, const Segment& part, const float* planes) {
@@ -132,8 +131,8 @@ static void write_state(const StepContext& context, const Segment& part, const f
     return;
   }
   for (int plane = 0; plane < num_planes; ++plane)
-    write_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset, part.count,
-                 from + plane * lanes);
+    write_values(part.tensor->state, context.options.state_dtype, plane * numel + part.offset,
+                 part.count, from + plane * lanes);
 }
 
 // The gradients as the rule sees them.
@@ -167,16 +166,18 @@ static Prefetch prefetch_ahead(const StepContext& context, const Segment& part) 
   const int64_t first = share * (tile % kPrefetchTiles);
   const int64_t lanes = kPrefetchTiles * kLanes<kStepVectors>;
   prefetch.plane_bytes = numel * width;
-  prefetch.base = static_cast<const char*>(part.tensor->state) + start * width + first * prefetch.plane_bytes;
+  prefetch.base =
+      static_cast<const char*>(part.tensor->state) + start * width + first * prefetch.plane_bytes;
   prefetch.bytes = int((numel - start < lanes ? numel - start : lanes) * width);
-  prefetch.planes = int(first + share < config.state_planes() ? share : config.state_planes() - first);
+  prefetch.planes =
+      int(first + share < config.state_planes() ? share : config.state_planes() - first);
   prefetch.per_call = int((share + blocks - 1) / blocks);
   return prefetch;
 }
 
 // RNNprop's features for a tile whose lanes may belong to tensors with different step counts.
-static void tile_moment_features(const StepContext& context, const StepTile& tile, const float* grad,
-                                 Rows moments, float* x) {
+static void tile_moment_features(const StepContext& context, const StepTile& tile,
+                                 const float* grad, Rows moments, float* x) {
   constexpr int lanes = kLanes<kStepVectors>;
   alignas(64) float correction1[lanes] = {}, correction2[lanes] = {};
   for (int s = 0; s < tile.num_segments; ++s) {
@@ -201,8 +202,8 @@ static void tile_moment_features(const StepContext& context, const StepTile& til
 
 // The rule on one tile: `state` holds its planes and takes the new ones; `planes` is scratch of the
 // same shape, whose h rows hold a copy of the old h.
-static void run_rule(const StepContext& context, const StepTile& tile, const float* grad, Rows state,
-                     float* planes, float* update) {
+static void run_rule(const StepContext& context, const StepTile& tile, const float* grad,
+                     Rows state, float* planes, float* update) {
   constexpr int V = kStepVectors;
   constexpr int lanes = kLanes<V>;
   const RuleConfig& config = context.config;
@@ -224,8 +225,8 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
     const Rows h{state.at(config.h_plane(layer), 0), state.stride};
     const Rows c{state.at(config.c_plane(layer), 0), state.stride};
     const LayerState own{planes + config.h_plane(layer) * lanes, c, c, h_next[layer % 2], h};
-    packed = layer_forward<V, false>(packed, inputs, config.layer_inputs(layer), own, hidden, GatePlanes{},
-                                     prefetch);
+    packed = layer_forward<V, false>(packed, inputs, config.layer_inputs(layer), own, hidden,
+                                     GatePlanes{}, prefetch);
     inputs = own.h_next;
   }
   Vec out[V];

@@ -10,7 +10,7 @@ struct Segment {
   const StepTensor* tensor;
   int64_t offset;  // first coordinate within the tensor
   int count;
-  int lane;        // first lane within the tile
+  int lane;  // first lane within the tile
 };
 
 struct StepTile {
@@ -47,7 +47,8 @@ struct TileKernels {
   // Floats of scratch that one call of `unroll` needs (64-byte aligned).
   int64_t (*unroll_scratch)(const UnrollContext&);
   // Back-propagates tiles [first, last) of `unroll_tile` coordinates; adds to partial (M,).
-  void (*unroll)(const UnrollContext&, int64_t first, int64_t last, double* partial, float* scratch);
+  void (*unroll)(const UnrollContext&, int64_t first, int64_t last, double* partial,
+                 float* scratch);
 };
 
 extern const TileKernels kBaselineKernels;

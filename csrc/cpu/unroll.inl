@@ -48,21 +48,27 @@ struct UnrollTile {
   RecordLayout record;
   MomentDecay decay;
   int hidden;
-  int64_t total;        // N
-  int64_t stride;       // floats per record
-  float* records;       // (segment_steps + 1) records; the first holds the state before the segment
-  float* checkpoints;   // (segments, S): the state before each segment
-  float* dh;            // (layers, H)
-  float* dc;            // (layers, H)
-  float* dx;            // first layer's inputs
-  float* d_moments;     // (2)
-  float* adjoint;       // dL/dtheta_t
-  int64_t first = 0;    // the tile's first coordinate
-  int count = 0;        // its coordinates; the other lanes are zero
+  int64_t total;       // N
+  int64_t stride;      // floats per record
+  float* records;      // (segment_steps + 1) records; the first holds the state before the segment
+  float* checkpoints;  // (segments, S): the state before each segment
+  float* dh;           // (layers, H)
+  float* dc;           // (layers, H)
+  float* dx;           // first layer's inputs
+  float* d_moments;    // (2)
+  float* adjoint;      // dL/dtheta_t
+  int64_t first = 0;   // the tile's first coordinate
+  int count = 0;       // its coordinates; the other lanes are zero
 
   UnrollTile(const UnrollContext& shared, float* scratch)
-      : context(shared), config(shared.config), args(shared.args), layout(config), record(config),
-        decay(config), hidden(config.hidden_size), total(args.runs * args.dim),
+      : context(shared),
+        config(shared.config),
+        args(shared.args),
+        layout(config),
+        record(config),
+        decay(config),
+        hidden(config.hidden_size),
+        total(args.runs * args.dim),
         stride(int64_t(record.planes) * lanes) {
     auto take = [&scratch](int64_t planes) __attribute__((always_inline)) {
       float* own = scratch;
@@ -82,8 +88,8 @@ struct UnrollTile {
     const RecordLayout record(shared.config);
     return lanes * ((shared.segment_steps + 1) * int64_t(record.planes) +
                     num_segments(shared) * int64_t(shared.config.state_planes()) +
-                    2 * kMaxLayers * int64_t(shared.config.hidden_size) + shared.config.num_inputs() +
-                    kMoments + 1);
+                    2 * kMaxLayers * int64_t(shared.config.hidden_size) +
+                    shared.config.num_inputs() + kMoments + 1);
   }
 
   FASTL2O_INLINE void load_row(const float* row, float* out) const {
@@ -99,7 +105,8 @@ struct UnrollTile {
   }
 
   static FASTL2O_INLINE void copy_planes(const float* from, float* to, int planes) {
-    for (int64_t at = 0; at < int64_t(planes) * lanes; at += kWidth) store(to + at, load(from + at));
+    for (int64_t at = 0; at < int64_t(planes) * lanes; at += kWidth)
+      store(to + at, load(from + at));
   }
 
   // Between a record and planes in the order of the state.
@@ -129,8 +136,8 @@ struct UnrollTile {
         const float* old = before + record.moments * lanes + at;
         float* own = after + record.moments * lanes + at;
         Vec m = load(old), v = load(old + lanes), g_scaled, m_scaled;
-        moment_features(decay, splat(correction.first), splat(correction.second), load(grad + at), m, v,
-                        g_scaled, m_scaled);
+        moment_features(decay, splat(correction.first), splat(correction.second), load(grad + at),
+                        m, v, g_scaled, m_scaled);
         store(own, m);
         store(own + lanes, v);
         store(x + at, g_scaled);
@@ -146,17 +153,20 @@ struct UnrollTile {
     const float* inputs = after + record.z * lanes;
     for (int l = 0; l < config.num_layers; ++l) {
       const auto& at = record.layer[l];
-      const LayerState state{before + at.h * lanes, Rows{const_cast<float*>(before) + at.c * lanes, lanes},
+      const LayerState state{before + at.h * lanes,
+                             Rows{const_cast<float*>(before) + at.c * lanes, lanes},
                              Rows{after + at.c * lanes, lanes}, after + at.h * lanes, Rows{}};
-      packed = layer_forward<V, true>(packed, inputs, config.layer_inputs(l), state, hidden,
-                                      GatePlanes{after + at.gates * lanes, after + at.tanh_c * lanes}, none);
+      packed = layer_forward<V, true>(
+          packed, inputs, config.layer_inputs(l), state, hidden,
+          GatePlanes{after + at.gates * lanes, after + at.tanh_c * lanes}, none);
       inputs = state.h_next;
     }
     if (config.is_rnnprop()) {
       Vec out[V];
       dense_row<V>(context.meta + layout.readout_weight, context.meta[layout.readout_bias], inputs,
                    config.readout_inputs(), out);
-      for (int v = 0; v < V; ++v) store(after + record.readout * lanes + v * kWidth, tanh_vec(out[v]));
+      for (int v = 0; v < V; ++v)
+        store(after + record.readout * lanes + v * kWidth, tanh_vec(out[v]));
     }
   }
 
@@ -194,8 +204,8 @@ struct UnrollTile {
     float* d_readout = after + record.d_readout * lanes;
     for (int at = 0; at < lanes; at += kWidth) {
       const Vec out = load(after + record.readout * lanes + at);
-      const Vec slope = config.is_rnnprop() ? (1.0f - out * out) * -config.step_size
-                                            : splat(config.output_scale);
+      const Vec slope =
+          config.is_rnnprop() ? (1.0f - out * out) * -config.step_size : splat(config.output_scale);
       store(d_readout + at, load(d_update + at) * slope);
     }
     const float* readout = context.meta + layout.readout_weight;
@@ -224,12 +234,14 @@ struct UnrollTile {
     for (int l = config.num_layers - 1; l >= 0; --l) {
       float* gates = after + record.layer[l].gates * lanes;
       float* own_dh = dh + int64_t(l) * hidden * lanes;
-      cell_backward<V>(gates, after + record.layer[l].tanh_c * lanes, before + record.layer[l].c * lanes,
-                       own_dh, dc + int64_t(l) * hidden * lanes, hidden);
+      cell_backward<V>(gates, after + record.layer[l].tanh_c * lanes,
+                       before + record.layer[l].c * lanes, own_dh, dc + int64_t(l) * hidden * lanes,
+                       hidden);
       transposed_product<V, false>(layer_weights[l], gates, rows, hidden, own_dh);
       const float* input_weights = layer_weights[l] + int64_t(rows) * hidden;
       if (l > 0)
-        transposed_product<V, true>(input_weights, gates, rows, hidden, own_dh - int64_t(hidden) * lanes);
+        transposed_product<V, true>(input_weights, gates, rows, hidden,
+                                    own_dh - int64_t(hidden) * lanes);
       else if (config.is_rnnprop() || args.d_grads != nullptr)
         transposed_product<V, false>(input_weights, gates, rows, config.num_inputs(), dx);
     }
@@ -276,7 +288,8 @@ struct UnrollTile {
     __builtin_memset(d_moments, 0, sizeof(float) * kMoments * lanes);
     __builtin_memset(adjoint, 0, sizeof(float) * lanes);
     if (args.d_last_state != nullptr)
-      for_state_planes([&](int plane, float* own) { load_row(args.d_last_state + plane * total, own); });
+      for_state_planes(
+          [&](int plane, float* own) { load_row(args.d_last_state + plane * total, own); });
   }
   void finish_adjoints() const {
     for_state_planes([&](int plane, float* own) { store_row(own, args.d_state + plane * total); });
@@ -300,7 +313,8 @@ struct UnrollTile {
       unpack_state(checkpoints + s * config.state_planes() * lanes, records);
       for (int64_t j = 0; j < length; ++j)  // two records suffice while only the state is wanted
         replay_step(s * length + j, records + (j & 1) * stride, records + (~j & 1) * stride);
-      pack_state(records + (length & 1) * stride, checkpoints + (s + 1) * config.state_planes() * lanes);
+      pack_state(records + (length & 1) * stride,
+                 checkpoints + (s + 1) * config.state_planes() * lanes);
     }
     start_adjoints();
     const bool own_updates = args.d_update == nullptr;
