@@ -75,7 +75,9 @@ def mnist(tmp_path: Path) -> Path:
     return tmp_path / "mnist.npz"
 
 
-@pytest.mark.parametrize("name", ["lstm-quadratic", "lstm-mnist", "rnnprop-mnist"])
+@pytest.mark.parametrize(
+    "name", ["lstm-quadratic", "lstm-mnist-start", "lstm-mnist", "rnnprop-mnist"]
+)
 def test_committed_recipes_build(name: str, mnist: Path) -> None:
     assert name in recipe_names()
     recipe = load_recipe(name)
@@ -104,6 +106,19 @@ def test_a_recipe_sets_everything() -> None:
     assert repr(trainer.validation.tasks[0]) == repr(meta.tasks.Quadratic())
     assert trainer.imitation == meta.Imitation(0.5)
     assert trainer.fit(6).best_step is not None
+
+
+def test_a_recipe_continues_from_another_rule(tmp_path: Path) -> None:
+    first = build_trainer(parse_recipe(GOOD)).rule
+    with torch.no_grad():
+        first.readout.bias.fill_(0.25)
+    file = str(tmp_path / "first.safetensors")
+    first.save(file)
+    rule = build_trainer(parse_recipe(f"start = {file!r}\n" + GOOD)).rule
+    assert torch.equal(rule.flat_parameters(), first.flat_parameters())
+    other = GOOD.replace("hidden_size = 3", "hidden_size = 4")
+    with pytest.raises(RecipeError, match=r"start: .* but \[rule\] asks for .*hidden_size=4"):
+        build_trainer(parse_recipe(f"start = {file!r}\n" + other))
 
 
 def test_recipe_from_a_file(tmp_path: Path) -> None:

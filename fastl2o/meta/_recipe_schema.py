@@ -84,6 +84,7 @@ _TOP_KEYS: Keys = {
     "description": (str,),
     "seed": (int,),
     "outer_steps": (int,),
+    "start": (str,),
     "rule": (dict,),
     "tasks": (list,),
     "estimator": (dict,),

@@ -48,6 +48,8 @@ class Recipe:
             are None where left out.
         card: text for the rule's card, any keys.
         seed: of the rule's initialisation, the tasks and the validation runs.
+        start: shipped name or path of the rule to continue from, instead of a fresh one; it must
+            have the configuration of ``rule``.
         description: one line for people.
     """
 
@@ -63,6 +65,7 @@ class Recipe:
     imitation: dict[str, Any] | None = None
     card: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    start: str | None = None
     description: str = ""
 
 
@@ -121,7 +124,7 @@ def build_trainer(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> MetaTrainer:
-    """The trainer of a recipe, with its rule freshly initialised from the recipe's seed.
+    """The trainer of a recipe; its rule is initialised from the seed, or read from ``start``.
 
     Args:
         recipe: a ``Recipe``, or what ``load_recipe`` accepts.
@@ -138,6 +141,7 @@ def build_trainer(
         >>> trainer.rule.family
         'lstm'
     """
+    from .._files import load
     from ..rules import from_config
 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -146,6 +150,14 @@ def build_trainer(
         arguments = dict(recipe.rule)
         rule = from_config(arguments.pop("family"), arguments)
         rule.reset_parameters(torch.Generator().manual_seed(recipe.seed))
+    if recipe.start is not None:
+        with naming(source, "start"):
+            first = load(recipe.start, family=rule.family)
+            if first.config() != rule.config():
+                raise ValueError(
+                    f"{recipe.start!r} is {first}, but [rule] asks for {rule}; they must agree"
+                )
+            rule.load_state_dict(first.state_dict())
     tasks = [
         _build_task(source, f"tasks[{i}]", table, data) for i, table in enumerate(recipe.tasks)
     ]
