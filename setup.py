@@ -22,8 +22,10 @@ LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 INCLUDES = [str(ROOT / "csrc/include"), str(ROOT / "csrc/cpu")]
 CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No -march and no -ffast-math: each ISA file selects its instructions by pragma, and these flags
-# are part of the numerical contract (without contraction all ISA levels can agree).
+# are part of the numerical contract (without contraction a replay repeats bits).
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+# Error messages name source files; not where they lay when they were compiled.
+CPU_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
 
 
 def switch(name: str, default: str) -> bool:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,14 +24,28 @@ using fastl2o::cpu::UnrollArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Checked before it is narrowed.
+int small_number(int64_t value, int64_t least, int64_t most, const char* name) {
+  STD_TORCH_CHECK(value >= least && value <= most, name, " is ", value, "; the CPU kernels accept ",
+                  least, " to ", most);
+  return int(value);
+}
+
+RuleConfig sized_config(Family family, int64_t hidden_size, int64_t num_layers) {
+  RuleConfig config;
+  config.family = family;
+  config.hidden_size = small_number(hidden_size, 1, fastl2o::kMaxHidden, "hidden_size");
+  config.num_layers = small_number(num_layers, 0, fastl2o::kMaxLayers, "num_layers");
+  return config;
+}
+
 RuleConfig lstm_config(int64_t hidden_size, int64_t num_layers, bool log_sign, double p, double eps,
                        double output_scale) {
-  RuleConfig config;
-  config.family = Family::lstm;
-  config.hidden_size = int(hidden_size);
-  config.num_layers = int(num_layers);
+  STD_TORCH_CHECK(p > 0.0 && eps >= 0.0, "p is ", p, " and eps is ", eps,
+                  "; accepted are p > 0 and eps >= 0");
+  RuleConfig config = sized_config(Family::lstm, hidden_size, num_layers);
   config.log_sign = log_sign;
-  config.p = float(p);
+  config.p = p;
   config.eps = float(eps);
   config.output_scale = float(output_scale);
   return config;
@@ -38,10 +53,9 @@ RuleConfig lstm_config(int64_t hidden_size, int64_t num_layers, bool log_sign, d
 
 RuleConfig rnnprop_config(int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
                           double step_size) {
-  RuleConfig config;
-  config.family = Family::rnnprop;
-  config.hidden_size = int(hidden_size);
-  config.num_layers = int(num_layers);
+  STD_TORCH_CHECK(beta1 >= 0.0 && beta1 < 1.0 && beta2 >= 0.0 && beta2 < 1.0, "beta1 is ", beta1,
+                  " and beta2 is ", beta2, "; accepted are 0 <= beta < 1");
+  RuleConfig config = sized_config(Family::rnnprop, hidden_size, num_layers);
   config.beta1 = beta1;
   config.beta2 = beta2;
   config.step_size = float(step_size);
@@ -49,24 +63,37 @@ RuleConfig rnnprop_config(int64_t hidden_size, int64_t num_layers, double beta1,
 }
 
 void check_config(const RuleConfig& config, const Tensor& meta) {
-  STD_TORCH_CHECK(config.hidden_size >= 1 && config.hidden_size <= fastl2o::kMaxHidden,
-                  "hidden_size is ", config.hidden_size, "; the CPU kernels accept 1 to ",
-                  fastl2o::kMaxHidden);
-  STD_TORCH_CHECK(config.num_layers >= 0 && config.num_layers <= fastl2o::kMaxLayers,
-                  "num_layers is ", config.num_layers, "; the CPU kernels accept 0 to ",
-                  fastl2o::kMaxLayers);
   STD_TORCH_CHECK(meta.scalar_type() == ScalarType::Float && meta.is_contiguous(),
                   "meta must be a contiguous float32 vector of the rule's meta-parameters");
   STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
                   " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
 }
 
-void check_floats(const Tensor& tensor, int64_t numel, const char* name) {
+// Whether `tensor` has the shape of `like`, behind a first dimension of `planes` unless that is 0.
+bool has_shape(const Tensor& tensor, const Tensor& like, int64_t planes) {
+  const auto own = tensor.sizes(), other = like.sizes();
+  const size_t ahead = planes == 0 ? 0 : 1;
+  if (own.size() != other.size() + ahead || (ahead == 1 && own[0] != planes)) return false;
+  return std::equal(other.begin(), other.end(), own.begin() + ahead);
+}
+
+void check_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
                   " must be contiguous float32 for the CPU kernels; other types go through the "
                   "reference backend");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " holds ", tensor.numel(), " numbers; expected ",
-                  numel);
+}
+
+void check_scalar(const Tensor& tensor, const char* name) {
+  check_floats(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == 1, name, " holds ", tensor.numel(), " numbers; expected 1");
+}
+
+// `state` or its gradient beside the gradient `grad` of its coordinates.
+void check_state(const RuleConfig& config, const Tensor& state, const Tensor& grad,
+                 const char* name) {
+  check_floats(state, name);
+  STD_TORCH_CHECK(has_shape(state, grad, config.state_planes()) || config.state_planes() == 0, name,
+                  " must be ", config.state_planes(), " planes of the gradient's shape in front");
 }
 
 const float* floats(const Tensor& tensor) {
@@ -107,12 +134,13 @@ DType check_lists(const RuleConfig& config, const StepLists& lists) {
                   "states must be float32 or bfloat16 for the CPU kernels");
   for (size_t i = 0; i < count; ++i) {
     const Tensor &param = lists.params[i], &grad = lists.grads[i], &state = lists.states[i];
-    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && param.numel() == grad.numel(),
+    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && has_shape(grad, param, 0),
                     "gradient ", i, " of the list must have its parameter's type and shape");
     STD_TORCH_CHECK(state.scalar_type() == state_type, "state ", i,
                     " of the list has another type than the first");
-    STD_TORCH_CHECK(state.numel() == config.state_planes() * param.numel(), "state ", i,
-                    " of the list must have ", config.state_planes(),
+    STD_TORCH_CHECK(config.state_planes() == 0 ? state.numel() == 0
+                                               : has_shape(state, param, config.state_planes()),
+                    "state ", i, " of the list must have ", config.state_planes(),
                     " planes of its parameter's shape");
     STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && state.is_contiguous(),
                     "tensors ", i, " of the lists must be contiguous");
@@ -133,15 +161,15 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
   StepOptions options;
   options.state_dtype = check_lists(config, lists);
   if (found_inf.has_value()) {
-    check_floats(*found_inf, 1, "found_inf");
+    check_scalar(*found_inf, "found_inf");
     if (*floats(*found_inf) != 0.0f) return;
   }
-  options.lr = float(lr);
-  options.weight_decay = float(weight_decay);
+  options.lr = lr;
+  options.weight_decay = weight_decay;
   options.maximize = maximize;
   options.nonfinite = fastl2o::cpu::NonFinite(nonfinite);
   if (grad_scale.has_value()) {
-    check_floats(*grad_scale, 1, "grad_scale");
+    check_scalar(*grad_scale, "grad_scale");
     options.unscale = true;
     options.grad_scale = *floats(*grad_scale);
   }
@@ -164,8 +192,8 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
 std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad,
                                           const Tensor& state, double step, const Tensor& meta) {
   check_config(config, meta);
-  check_floats(grad, grad.numel(), "grad");
-  check_floats(state, config.state_planes() * grad.numel(), "state");
+  check_floats(grad, "grad");
+  check_state(config, state, grad, "state");
   Tensor update = torch::stable::empty_like(grad);
   Tensor new_state = torch::stable::empty_like(state);
   fastl2o::cpu::functional_step(fastl2o::cpu::best_kernels(), config, floats(meta), grad.numel(),
@@ -182,10 +210,11 @@ std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& con
                                                            double step, const Tensor& meta) {
   check_config(config, meta);
   const int64_t numel = grad.numel();
-  check_floats(grad, numel, "grad");
-  check_floats(d_update, numel, "d_update");
-  check_floats(state, config.state_planes() * numel, "state");
-  check_floats(d_new_state, config.state_planes() * numel, "d_new_state");
+  check_floats(grad, "grad");
+  check_floats(d_update, "d_update");
+  STD_TORCH_CHECK(has_shape(d_update, grad, 0), "d_update must have the gradient's shape");
+  check_state(config, state, grad, "state");
+  check_state(config, d_new_state, grad, "d_new_state");
   Tensor d_grad = torch::stable::empty_like(grad);
   Tensor d_state = torch::stable::empty_like(state);
   Tensor d_meta = torch::stable::empty_like(meta);
@@ -218,17 +247,23 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
   args.runs = grads.size(1);
   args.dim = grads.size(2);
   args.steps = steps;
-  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows == steps + 1), "steps is ", steps,
+  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows - 1 == steps), "steps is ", steps,
                   " but grads records ", args.rows, " gradients; accepted are steps or steps + 1");
-  const int64_t numel = args.runs * args.dim;
-  check_floats(grads, args.rows * numel, "grads");
-  check_floats(state, config.state_planes() * numel, "state");
-  check_floats(loss_weights, args.rows * args.runs, "loss_weights");
+  check_floats(grads, "grads");
+  check_floats(state, "state");
+  check_floats(loss_weights, "loss_weights");
+  STD_TORCH_CHECK(state.dim() == 3 && state.size(0) == config.state_planes() &&
+                      state.size(1) == args.runs && state.size(2) == args.dim,
+                  "state must be (", config.state_planes(), ", ", args.runs, ", ", args.dim,
+                  "): the planes of grads' runs and coordinates");
+  STD_TORCH_CHECK(loss_weights.dim() == 2 && loss_weights.size(0) == args.rows &&
+                      loss_weights.size(1) == args.runs,
+                  "loss_weights must be (", args.rows, ", ", args.runs, ")");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
   args.first_step = step;
-  args.lr = float(lr);
-  args.weight_decay = float(weight_decay);
+  args.lr = lr;
+  args.weight_decay = weight_decay;
   args.grads = floats(grads);
   args.state = floats(state);
   args.loss_weights = floats(loss_weights);

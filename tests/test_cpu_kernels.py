@@ -115,8 +115,9 @@ def test_nan_and_infinity_go_where_the_reference_puts_them(isa: str, case: commo
 
 
 @functools.cache
-def references(case: common.RuleCase, last: bool, kind: str, sizes: tuple[int, int, int]):
+def references(name: str, last: bool, kind: str, sizes: tuple[int, int, int]):
     """A window with its gradients by autograd, in float32 and in float64: shared by all ISAs."""
+    case = next(case for case in common.RULE_CASES if case.name == name)
     steps, runs, dim = sizes
     rule = case.make()
     window = common.random_window(rule, steps=steps, runs=runs, dim=dim, last=last, kind=kind)
@@ -129,17 +130,28 @@ def references(case: common.RuleCase, last: bool, kind: str, sizes: tuple[int, i
 @common.over_rules
 @pytest.mark.parametrize(
     ("last", "kind", "sizes"),
-    [(True, "normal", (4, 3, 37)), (False, "normal", (1, 1, 65)), (True, "wide", (6, 2, 63))],
-    ids=["with-last", "one-step", "wide"],
+    [(True, "normal", (4, 3, 37)), (False, "normal", (1, 1, 65)), (True, "normal", (6, 2, 63))],
+    ids=["with-last", "one-step", "long"],
 )
 @over_isa
 def test_unroll_backward_is_as_accurate_as_plain_torch(
     isa: str, case: common.RuleCase, last: bool, kind: str, sizes: tuple[int, int, int]
 ) -> None:
-    rule, window, plain, exact = references(case, last, kind, sizes)
+    rule, window, plain, exact = references(case.name, last, kind, sizes)
     result = core_unroll(isa, rule, window, lr=0.7, weight_decay=0.1)
     for what, index in (("d_meta", 0), ("d_state", 1)):
-        common.assert_as_accurate(result[index], plain[index], exact[index], what)
+        common.assert_as_accurate(result[index], plain[index], exact[index], what, norm=True)
+
+
+@common.over_rules
+@over_isa
+def test_unroll_backward_over_sixteen_decades_of_gradients(isa: str, case: common.RuleCase) -> None:
+    # One coordinate-step outweighs all others here, so plain torch's own error is a matter of luck:
+    # judged by the stated bound instead, 1e-5 of the gradient.
+    rule, window, _, exact = references(case.name, True, "wide", (6, 2, 63))
+    result = core_unroll(isa, rule, window, lr=0.7, weight_decay=0.1)
+    for part, target in zip(result, exact, strict=True):
+        assert float((part - target).norm()) <= 1e-5 * float(target.norm())
 
 
 @over_isa
@@ -154,7 +166,7 @@ def test_windows_longer_than_the_recorded_segment_agree_with_autograd(
     plain = common.autograd_unroll(rule, window)
     exact = common.autograd_unroll(rule.double(), window.to(torch.float64))
     for index in (0, 1):
-        common.assert_as_accurate(result[index], plain[index], exact[index])
+        common.assert_as_accurate(result[index], plain[index], exact[index], norm=True)
 
 
 @over_isa
@@ -215,8 +227,8 @@ def test_the_replay_repeats_the_live_bits(isa: str) -> None:
     exact_rule.load_state_dict(rule.state_dict())
     exact_second = common.autograd_unroll(exact_rule, second.to(torch.float64))
     plain_second = common.autograd_unroll(rule, second)
-    common.assert_as_accurate(d_second, plain_second[0], exact_second[0])
-    common.assert_as_accurate(d_state, plain_second[1], exact_second[1])
+    common.assert_as_accurate(d_second, plain_second[0], exact_second[0], norm=True)
+    common.assert_as_accurate(d_state, plain_second[1], exact_second[1], norm=True)
     assert torch.isfinite(d_whole).all()
 
 

@@ -50,6 +50,9 @@ RuleConfig config_from(const py::dict& fields) {
   number("p", config.p);
   number("eps", config.eps);
   number("output_scale", config.output_scale);
+  if (config.hidden_size < 1 || config.hidden_size > fastl2o::kMaxHidden || config.num_layers < 0 ||
+      config.num_layers > fastl2o::kMaxLayers)
+    throw py::value_error("hidden_size or num_layers is out of range");
   number("beta1", config.beta1);
   number("beta2", config.beta2);
   number("step_size", config.step_size);
@@ -82,8 +85,8 @@ py::tuple unroll_backward(const std::string& isa, const py::dict& fields, const 
   args.runs = grads.shape(1);
   args.dim = grads.shape(2);
   args.first_step = first_step;
-  args.lr = float(lr);
-  args.weight_decay = float(weight_decay);
+  args.lr = lr;
+  args.weight_decay = weight_decay;
   const int64_t numel = args.runs * args.dim;
   if (meta.size() != MetaLayout(config).total || state.size() != config.state_planes() * numel ||
       loss_weights.size() != args.rows * args.runs ||

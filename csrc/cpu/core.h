@@ -9,6 +9,10 @@
 
 #include "rule_config.h"
 
+#ifdef __FAST_MATH__
+#error "-ffast-math breaks the handling of NaN and infinity; remove it from CXXFLAGS"
+#endif
+
 namespace fastl2o::cpu {
 
 enum class DType { f32, f64, bf16, f16 };
@@ -33,8 +37,8 @@ struct StepTensor {
 
 struct StepOptions {
   DType state_dtype = DType::f32;  // f32 or bf16
-  float lr = 1.0f;
-  float weight_decay = 0.0f;
+  double lr = 1.0;
+  double weight_decay = 0.0;
   bool maximize = false;
   bool unscale = false;  // the rule sees grad / grad_scale, which is also written back
   float grad_scale = 1.0f;
@@ -49,8 +53,8 @@ struct UnrollArgs {
   int64_t runs = 0;       // R
   int64_t dim = 0;        // D
   double first_step = 0;  // steps taken before the window (RNNprop's bias correction)
-  float lr = 1.0f;
-  float weight_decay = 0.0f;
+  double lr = 1.0;
+  double weight_decay = 0.0;
   const float* grads = nullptr;         // (K, N)
   const float* state = nullptr;         // (S, N), before the window
   const float* loss_weights = nullptr;  // (K, R): w_t

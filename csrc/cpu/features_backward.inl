@@ -24,7 +24,7 @@ void rnnprop_features_backward(int64_t t, float* after) const {
     const Vec root = square_root(v * correction.second), divisor = root + 1e-8f;
     const Vec d_divisor = -(d_g_scaled * load(x) + d_m_scaled * load(x + lanes)) / divisor;
     // The square root has no slope at zero; there v is zero because every gradient was.
-    const Vec d_v = root > 0.0f ? d_divisor * (0.5f * correction.second) / root : Vec{};
+    const Vec d_v = root == 0.0f ? Vec{} : d_divisor * (0.5f * correction.second) / root;
     float* d_m_total = d_moments + at;
     float* d_v_total = d_moments + lanes + at;
     const Vec m_sum = load(d_m_total) + d_m_scaled * correction.first / divisor;
@@ -49,12 +49,14 @@ void log_sign_backward(int64_t t) const {
     Vec d_g = load(dx + at);
     if (config.log_sign) {
       const Vec shifted = absolute(g) + config.eps;
-      const IVec logarithmic = log_vec(shifted) / config.p >= -1.0f;
+      const IVec logarithmic = log_vec(shifted) / float(config.p) >= -1.0f;
       const Vec sign = from_bits(bits(splat(1.0f)) | (bits(g) & isplat(int(0x80000000u))));
-      const Vec slope = sign / (shifted * config.p);
+      const Vec slope = sign / (shifted * float(config.p));
       const IVec linear = absolute(g * context.exp_p) <= 1.0f;
-      const Vec from_log = logarithmic & (g != 0.0f) ? d_g * slope : Vec{};
-      d_g = from_log + (linear ? load(dx + lanes + at) * context.exp_p : Vec{});
+      // Slopes are selected before the product, so that NaN gets through.
+      const Vec log_slope = logarithmic & (g != 0.0f) ? slope : Vec{};
+      const Vec linear_slope = linear ? splat(context.exp_p) : Vec{};
+      d_g = d_g * log_slope + load(dx + lanes + at) * linear_slope;
     }
     store(grad + at, d_g);
   }

@@ -194,7 +194,7 @@ FASTL2O_INLINE void gradient_features(const RuleConfig& config, float exp_p, con
       store(x + v * kWidth, g);
       continue;
     }
-    const Vec magnitude = log_vec(absolute(g) + config.eps) / config.p;
+    const Vec magnitude = log_vec(absolute(g) + config.eps) / float(config.p);
     store(x + v * kWidth, maximum(splat(-1.0f), magnitude));
     store(x + kLanes<V> + v * kWidth, maximum(splat(-1.0f), minimum(splat(1.0f), g * exp_p)));
   }

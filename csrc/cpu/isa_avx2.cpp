@@ -4,7 +4,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 #define FASTL2O_ISA avx2
 #define FASTL2O_TABLE kAvx2Kernels
 #define FASTL2O_WIDTH 8

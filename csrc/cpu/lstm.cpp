@@ -10,6 +10,7 @@
 namespace fastl2o::cpu {
 namespace {
 
+constexpr int kMaxTile = 64;             // coordinates of the widest tile
 constexpr int64_t kScanChunk = 1 << 16;  // coordinates per unit of the scan for NaN and Inf
 
 template <typename Word>
@@ -89,12 +90,11 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
   const int lanes = kernels.step_tile;
   const int64_t tiles = (starts.back() + lanes - 1) / lanes;
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
-    std::vector<Segment> segments(lanes);
+    Segment segments[kMaxTile];
     size_t tensor = owner_of(starts, begin * lanes);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int count =
-          fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments.data());
-      kernels.step(context, {segments.data(), count});
+      const int count = fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments);
+      kernels.step(context, {segments, count});
       tensor = size_t(segments[count - 1].tensor - tensors.data());
       if (starts[tensor + 1] == (tile + 1) * lanes) ++tensor;
     }
@@ -142,8 +142,7 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
     tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
     tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
   }
-  const StepContext context{config, options, meta, packed.data(),
-                            float(std::exp(double(config.p)))};
+  const StepContext context{config, options, meta, packed.data(), float(std::exp(config.p))};
   step_tiles(kernels, context, tensors, parallel_for);
   for (StepTensor& tensor : tensors)
     if (tensor.step != nullptr) *tensor.step += 1.0f;
@@ -153,7 +152,8 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
 void functional_step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
                      int64_t numel, double first_step, const float* grad, const float* state,
                      float* update, float* new_state, const ParallelFor& parallel_for) {
-  std::memcpy(new_state, state, sizeof(float) * size_t(config.state_planes() * numel));
+  if (config.state_planes() * numel > 0)
+    std::memcpy(new_state, state, sizeof(float) * size_t(config.state_planes() * numel));
   std::fill_n(update, numel, 0.0f);
   float taken = float(first_step);
   // With a parameter of zero, lr 1 and no decay the new parameter is the update itself.
@@ -172,7 +172,7 @@ void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const
                               args,
                               meta,
                               packed.data(),
-                              float(std::exp(double(config.p))),
+                              float(std::exp(config.p)),
                               choose_segment_steps(kernels, config, args.steps)};
   const int64_t total = args.runs * args.dim;
   const int64_t tiles = (total + kernels.unroll_tile - 1) / kernels.unroll_tile;
@@ -203,8 +203,8 @@ const TileKernels* find_kernels(const char* name) {
   __builtin_cpu_init();
   if (std::strcmp(name, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("fma")
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx2") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")
                ? &kAvx512Kernels
                : nullptr;
   if (std::strcmp(name, "avx2") == 0)

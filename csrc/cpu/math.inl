@@ -1,11 +1,11 @@
-// Elementary functions on Vec. Polynomials are minimax fits on |r| <= 1/2; the error bounds are
-// those of the fits, rounding adds about one unit in the last place.
+// Elementary functions on Vec. Polynomials are minimax fits on [0, 1] or |r| <= 1/2; the error
+// bounds are those of the fits, rounding adds about one unit in the last place.
 
 inline constexpr float kLog2E = 1.44269504f;
 
 // A denominator below is at most 2^41, so a product of three is finite. sigmoid is off by at most
-// 2^-40 beyond the clamp and tanh is 1 to the last bit. NaN passes. On AVX-512 scalef underflows by
-// itself; elsewhere the exponent must stay within the format.
+// 2^-40 beyond the clamp and tanh within a unit in the last place of 1. NaN passes. On AVX-512
+// scalef underflows by itself; elsewhere the exponent must stay within the format.
 inline constexpr float kMaxExponent = 40.0f;
 FASTL2O_INLINE Vec clamp_exponent(Vec y) {
 #if FASTL2O_WIDTH == 16

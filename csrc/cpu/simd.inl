@@ -106,7 +106,7 @@ FASTL2O_INLINE void store_some(float* p, int count, Vec v) {
 // Touches the planes of a later tile a few at a time while this one computes: eighty streams are
 // more than the hardware prefetcher follows.
 struct Prefetch {
-  const char* base = nullptr;
+  uintptr_t base = 0;
   int64_t plane_bytes = 0;
   int bytes = 0;
   int planes = 0;
@@ -114,8 +114,9 @@ struct Prefetch {
 
   FASTL2O_INLINE void advance() {
     for (int i = 0; i < per_call && planes > 0; ++i, --planes) {
-      for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(base + byte, 1, 2);
-      base += plane_bytes;
+      for (int byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(base + byte), 1, 2);
+      base += uintptr_t(plane_bytes);
     }
   }
 };

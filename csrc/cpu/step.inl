@@ -19,8 +19,11 @@ FASTL2O_INLINE float half_to_float(uint16_t value) {
   const uint32_t sign = uint32_t(value & 0x8000) << 16;
   const uint32_t rest = value & 0x7fff;
   if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // Scaling by 2^112 moves the exponent's bias and normalises denormals exactly.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000)));
+  // A denormal half is exact as the low bits of 1/2 + x, with no denormal float on the way: the
+  // calling thread may flush those.
+  if (rest < 0x400)
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest + 0x3f000000) - 0.5f));
+  return bits_to_float(sign | ((rest << 13) + 0x38000000));
 }
 
 FASTL2O_INLINE uint16_t float_to_half(float value) {
@@ -86,17 +89,17 @@ static void write_values(void* target, DType dtype, int64_t offset, int count,
 // theta <- (1 - lr wd) theta + lr u; a float64 parameter is not rounded to float32 on the way.
 static void apply_update(const StepOptions& options, const Segment& part, const float* update) {
   const StepTensor& tensor = *part.tensor;
-  const float decay = 1.0f - options.lr * options.weight_decay;
+  const double decay = 1.0 - options.lr * options.weight_decay;
   if (tensor.param_dtype == DType::f64) {
     double* theta = static_cast<double*>(tensor.param) + part.offset;
-    const double exact_decay = 1.0 - double(options.lr) * double(options.weight_decay);
     for (int i = 0; i < part.count; ++i)
-      theta[i] = exact_decay * theta[i] + double(options.lr) * double(update[i]);
+      theta[i] = decay * theta[i] + options.lr * double(update[i]);
     return;
   }
   alignas(64) float theta[kLanes<kStepVectors>];
   read_values(tensor.param, tensor.param_dtype, part.offset, part.count, theta);
-  for (int i = 0; i < part.count; ++i) theta[i] = decay * theta[i] + options.lr * update[i];
+  const float keep = float(decay), lr = float(options.lr);
+  for (int i = 0; i < part.count; ++i) theta[i] = keep * theta[i] + lr * update[i];
   write_values(tensor.param, tensor.param_dtype, part.offset, part.count, theta);
 }
 
@@ -108,6 +111,7 @@ static void read_state(const StepContext& context, const Segment& part, int firs
   constexpr int lanes = kLanes<kStepVectors>;
   const int64_t numel = part.tensor->numel;
   float* to = planes + part.lane;
+  if (first == last) return;  // a rule without layers has no state to point to
   if (context.options.state_dtype == DType::f32) {
     const float* from = static_cast<const float*>(part.tensor->state) + part.offset;
     for (int plane = first; plane < last; ++plane)
@@ -124,6 +128,7 @@ static void write_state(const StepContext& context, const Segment& part, const f
   const int num_planes = context.config.state_planes();
   const int64_t numel = part.tensor->numel;
   const float* from = planes + part.lane;
+  if (num_planes == 0) return;
   if (context.options.state_dtype == DType::f32) {
     float* to = static_cast<float*>(part.tensor->state) + part.offset;
     for (int plane = 0; plane < num_planes; ++plane)
@@ -165,9 +170,10 @@ static Prefetch prefetch_ahead(const StepContext& context, const Segment& part) 
   const int64_t share = (config.state_planes() + kPrefetchTiles - 1) / kPrefetchTiles;
   const int64_t first = share * (tile % kPrefetchTiles);
   const int64_t lanes = kPrefetchTiles * kLanes<kStepVectors>;
+  if (first >= config.state_planes()) return prefetch;
   prefetch.plane_bytes = numel * width;
-  prefetch.base =
-      static_cast<const char*>(part.tensor->state) + start * width + first * prefetch.plane_bytes;
+  prefetch.base = reinterpret_cast<uintptr_t>(part.tensor->state) + uintptr_t(start * width) +
+                  uintptr_t(first * prefetch.plane_bytes);
   prefetch.bytes = int((numel - start < lanes ? numel - start : lanes) * width);
   prefetch.planes =
       int(first + share < config.state_planes() ? share : config.state_planes() - first);
@@ -250,7 +256,8 @@ static void step_tile(const StepContext& context, const StepTile& tile) {
     __builtin_memset(grad, 0, sizeof(grad));
   }
   read_grads(context.options, tile, grad);
-  if (tile.num_segments == 1 && !partial && context.options.state_dtype == DType::f32) {
+  if (tile.num_segments == 1 && !partial && config.state_planes() > 0 &&
+      context.options.state_dtype == DType::f32) {
     // The planes of the tensor serve as they are; only h, which every unit reads, is copied.
     for (int layer = 0; layer < config.num_layers; ++layer)
       read_state(context, first, config.h_plane(layer), config.c_plane(layer), planes);

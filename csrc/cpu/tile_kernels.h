@@ -1,4 +1,4 @@
-// The seam between the drivers (lstm.cpp, unroll.cpp) and the code compiled per instruction set.
+// The seam between the drivers (lstm.cpp) and the code compiled per instruction set.
 #pragma once
 
 #include "core.h"

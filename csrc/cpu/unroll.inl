@@ -199,7 +199,8 @@ struct UnrollTile {
     if (args.d_update != nullptr) {
       load_row(args.d_update + t * total, d_update);
     } else {
-      for (int at = 0; at < lanes; at += kWidth) store(d_update + at, load(adjoint + at) * args.lr);
+      for (int at = 0; at < lanes; at += kWidth)
+        store(d_update + at, load(adjoint + at) * float(args.lr));
     }
     float* d_readout = after + record.d_readout * lanes;
     for (int at = 0; at < lanes; at += kWidth) {
@@ -318,7 +319,7 @@ struct UnrollTile {
     }
     start_adjoints();
     const bool own_updates = args.d_update == nullptr;
-    const float keep = 1.0f - args.lr * args.weight_decay;
+    const float keep = float(1.0 - args.lr * args.weight_decay);
     if (own_updates && args.rows > args.steps) advance_adjoint(args.steps, keep);
     for (int64_t s = segments - 1; s >= 0; --s) {
       const int64_t start = s * length;

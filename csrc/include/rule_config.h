@@ -19,7 +19,7 @@ struct RuleConfig {
   int num_layers = 2;
   // LSTM rule: x1 = max(log(|g| + eps) / p, -1), x2 = clip(e^p g, -1, 1), or the raw gradient.
   bool log_sign = true;
-  float p = 10.0f;
+  double p = 10.0;
   float eps = 0.0f;
   float output_scale = 0.1f;
   // RNNprop: theta += -step_size * tanh(readout).
