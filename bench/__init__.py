@@ -1,0 +1,1 @@
+"""Benchmarks: gate, then time. ``python -m bench.report`` runs all of them; see its docstring."""
