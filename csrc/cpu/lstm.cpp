@@ -94,15 +94,17 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
     size_t tensor = owner_of(starts, begin * lanes);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int count = fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments);
-      kernels.step(context, {segments, count});
       tensor = size_t(segments[count - 1].tensor - tensors.data());
+      const bool more = tensor + 1 < tensors.size();
+      kernels.step(context, {segments, count, more ? &tensors[tensor + 1] : nullptr});
       if (starts[tensor + 1] == (tile + 1) * lanes) ++tensor;
     }
   });
 }
 
-// Beyond what fits here a window's activations are replayed in segments, from checkpoints.
-constexpr int64_t kRecordBytes = 800 * 1024;
+// Beyond what fits here a window's activations are replayed in segments, from checkpoints. More than
+// an L2 cache of a megabyte: at 50 steps spilling to L3 costs less than replaying twice.
+constexpr int64_t kRecordBytes = 2600 * 1024;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kPartialBytes = 8 << 20;
 

@@ -158,14 +158,39 @@ static void read_grads(const StepOptions& options, const StepTile& tile, float* 
 // Tiles whose state planes are fetched ahead together: longer runs of each plane suit the memory.
 inline constexpr int kPrefetchTiles = 4;
 
-// While the tiles of one group compute, each fetches its share of the planes of the next group.
-static Prefetch prefetch_ahead(const StepContext& context, const Segment& part) {
+// Tensors up to this many coordinates are fetched whole before their turn.
+inline constexpr int64_t kSmallTensor = 1024;
+
+// The slice of the following tensor's state that matches this segment's share of its own tensor.
+static Prefetch prefetch_following(const StepContext& context, const Segment& part,
+                                   const StepTensor& following, int blocks) {
+  constexpr int run = 512;  // bytes between two looks at the counter
+  Prefetch prefetch;
+  const int64_t bytes =
+      context.config.state_planes() * following.numel * state_bytes(context.options.state_dtype);
+  const int64_t first = bytes * part.offset / part.tensor->numel / run;
+  const int64_t last = (bytes * (part.offset + part.count) / part.tensor->numel + run - 1) / run;
+  prefetch.base = reinterpret_cast<uintptr_t>(following.state) + uintptr_t(first * run);
+  prefetch.plane_bytes = prefetch.bytes = run;
+  prefetch.planes = int(last - first);
+  prefetch.per_call = int((last - first + blocks - 1) / blocks);
+  return prefetch;
+}
+
+// While the tiles of one group compute, each fetches its share of the planes of the next group;
+// at a tensor's end, of the following tensor if that is small.
+static Prefetch prefetch_ahead(const StepContext& context, const StepTile& all) {
   Prefetch prefetch;
   const RuleConfig& config = context.config;
+  const Segment& part = all.segments[all.num_segments - 1];
   const int64_t tile = part.offset / kLanes<kStepVectors>, numel = part.tensor->numel;
   const int64_t start = (tile / kPrefetchTiles + 1) * kPrefetchTiles * kLanes<kStepVectors>;
   const int blocks = config.num_layers * ((config.hidden_size + kUnitBlock - 1) / kUnitBlock);
-  if (start >= numel || blocks == 0) return prefetch;
+  if (blocks == 0) return prefetch;
+  if (start >= numel) {
+    if (all.following == nullptr || all.following->numel > kSmallTensor) return prefetch;
+    return prefetch_following(context, part, *all.following, blocks);
+  }
   const int64_t width = state_bytes(context.options.state_dtype);
   const int64_t share = (config.state_planes() + kPrefetchTiles - 1) / kPrefetchTiles;
   const int64_t first = share * (tile % kPrefetchTiles);
@@ -225,7 +250,7 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
   } else {
     gradient_features<V>(config, context.exp_p, grad, x);
   }
-  Prefetch prefetch = prefetch_ahead(context, tile.segments[tile.num_segments - 1]);
+  Prefetch prefetch = prefetch_ahead(context, tile);
   const float* packed = context.packed;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const Rows h{state.at(config.h_plane(layer), 0), state.stride};

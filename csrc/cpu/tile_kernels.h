@@ -16,6 +16,7 @@ struct Segment {
 struct StepTile {
   const Segment* segments;
   int num_segments;
+  const StepTensor* following;  // the tensor after the last segment's, or null
 };
 
 // Everything about one step call that all tiles share.
