@@ -102,8 +102,8 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
   });
 }
 
-// Beyond what fits here a window's activations are replayed in segments, from checkpoints. More than
-// an L2 cache of a megabyte: at 50 steps spilling to L3 costs less than replaying twice.
+// Beyond what fits here a window's activations are replayed in segments, from checkpoints. More
+// than an L2 cache of a megabyte: at 50 steps spilling to L3 costs less than replaying twice.
 constexpr int64_t kRecordBytes = 2600 * 1024;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kPartialBytes = 8 << 20;
