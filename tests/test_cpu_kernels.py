@@ -210,9 +210,7 @@ def test_any_size_agrees_with_the_float64_reference(
 
 
 @over_isa
-def test_the_replay_repeats_the_live_bits(isa: str) -> None:
-    # A window's gradient equals that of its two halves when the second half starts from the state
-    # that the live step left, because the replay computes that very state.
+def test_a_window_continues_from_the_state_of_the_live_step(isa: str) -> None:
     rule = from_config("lstm", {"hidden_size": 20, "num_layers": 2})
     window = common.random_window(rule, steps=6, runs=1, dim=64, last=True)
     state = window.state
@@ -221,7 +219,6 @@ def test_the_replay_repeats_the_live_bits(isa: str) -> None:
     second = common.Window(
         window.grads[3:], state.view_as(window.state), window.loss_weights[3:], 3, 0
     )
-    d_whole, _ = core_unroll(isa, rule, window._replace(steps=6))
     d_second, d_state = core_unroll(isa, rule, second)
     exact_rule = from_config("lstm", {"hidden_size": 20, "num_layers": 2}).double()
     exact_rule.load_state_dict(rule.state_dict())
@@ -229,7 +226,6 @@ def test_the_replay_repeats_the_live_bits(isa: str) -> None:
     plain_second = common.autograd_unroll(rule, second)
     common.assert_as_accurate(d_second, plain_second[0], exact_second[0], norm=True)
     common.assert_as_accurate(d_state, plain_second[1], exact_second[1], norm=True)
-    assert torch.isfinite(d_whole).all()
 
 
 def test_unknown_instruction_sets_are_refused() -> None:
