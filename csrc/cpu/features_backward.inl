@@ -1,13 +1,15 @@
 // Members of UnrollTile: from dL/d(first layer's inputs) back to the gradient and the moments.
 
 // Through ELU, the projection and the moment averages to g, m and v.
-void rnnprop_features_backward(int64_t t, float* after) const {
+void rnnprop_features_backward(int64_t t, const float* after) const {
   const float* z = after + record.z * lanes;
-  float* d_projection = after + record.d_projection * lanes;
+  float* d_projection = d_gates;
   for (int64_t at = 0; at < int64_t(hidden) * lanes; at += kWidth) {
     const Vec out = load(z + at), d = load(dx + at);
     store(d_projection + at, out > 0.0f ? d : d * (out + 1.0f));
   }
+  add_columns(hidden, sums + GradientLayout(config).projection,
+              {{after + record.features * lanes, config.num_features()}});
   const float* weight = context.meta + layout.projection_weight;
   const MomentCorrection correction(config, args.first_step + double(t) + 1.0);
   alignas(64) float grad[lanes];

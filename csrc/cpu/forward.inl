@@ -77,67 +77,80 @@ FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, cons
   }
 }
 
-// The gates of U units from their preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g),
-// over one common denominator, and the denominator of sigmoid(o) into h_next for outputs() below.
-// `record` also keeps the activations; c' is computed by the same operations either way, so a
-// replay repeats the live step's bits.
+// The gates of U units from their preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g) over the
+// common denominator (1 + e_i) (m + 2) (1 + e_f), and the exponential of o into h_next for
+// outputs() below. `record` also keeps the activations; c' is computed by the same operations
+// either way, so a replay repeats the live step's bits.
 template <int V, int U, bool record>
 FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, int hidden, int unit,
                           const GatePlanes& planes) {
   constexpr int lanes = kLanes<V>;
+  Vec exponentials[U][3 * V], numerators[U * V];
 #pragma GCC unroll 2
   for (int u = 0; u < U; ++u) {
-    Vec exponents[3 * V], denominators[3 * V], candidate_exponents[V], candidates[V];
+    Vec exponents[3 * V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       exponents[v] = sum[4 * u][v] * kSigmoidScale;
       exponents[V + v] = sum[4 * u + 1][v] * kSigmoidScale;
       exponents[2 * V + v] = sum[4 * u + 3][v] * kSigmoidScale;
-      candidate_exponents[v] = sum[4 * u + 2][v] * kTanhScale;
     }
-    sigmoid_denominators(exponents, denominators);
-    tanh_numerators(candidate_exponents, candidates);
+    sigmoid_exponentials(exponents, exponentials[u]);
+  }
+  Vec exponents[U * V];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) exponents[u * V + v] = sum[4 * u + 2][v] * kTanhScale;
+  tanh_numerators(exponents, numerators);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const int at = (unit + u) * lanes + v * kWidth;
-      const Vec m = candidates[v], forget = denominators[V + v];
-      const Vec input = denominators[v] * (m + 2.0f);
-      const Vec c =
-          fma(load(state.c_in.at(unit + u, v)), input, m * forget) * reciprocal(input * forget);
+      const Vec e_i = exponentials[u][v], e_f = exponentials[u][V + v];
+      const Vec m = numerators[u * V + v], m2 = m + 2.0f;
+      const Vec without_f = fma(e_i, m2, m2);
+      const Vec inverse = reciprocal(fma(without_f, e_f, without_f));
+      const Vec c = fma(load(state.c_in.at(unit + u, v)), without_f, fma(m, e_f, m)) * inverse;
       store(state.c_out.at(unit + u, v), c);
-      store(state.h_next + at, denominators[2 * V + v]);
+      store(state.h_next + at, exponentials[u][2 * V + v]);
       if constexpr (record) {
-        store(planes.gates + at, reciprocal(denominators[v]));
-        store(planes.gates + hidden * lanes + at, reciprocal(forget));
-        store(planes.gates + 2 * hidden * lanes + at, m * reciprocal(m + 2.0f));
-        store(planes.gates + 3 * hidden * lanes + at, reciprocal(denominators[2 * V + v]));
+        const Vec inverse_without_f = fma(inverse, e_f, inverse);
+        store(planes.gates + at, inverse_without_f * m2);
+        store(planes.gates + hidden * lanes + at, inverse * without_f);
+        store(planes.gates + 2 * hidden * lanes + at, inverse_without_f * fma(m, e_i, m));
       }
     }
-  }
 }
 
 // h' = sigmoid(o) tanh(c') for U units.
 template <int V, int U, bool record>
-FASTL2O_INLINE void outputs(const LayerState& state, int unit, const GatePlanes& planes) {
-  Vec exponents[U * V], m[U * V];
+FASTL2O_INLINE void outputs(const LayerState& state, int hidden, int unit,
+                            const GatePlanes& planes) {
+  Vec exponents[U * V], numerators[U * V];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       exponents[u * V + v] = load(state.c_out.at(unit + u, v)) * kTanhScale;
-  tanh_numerators(exponents, m);
+  tanh_numerators(exponents, numerators);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const int at = (unit + u) * kLanes<V> + v * kWidth;
-      const Vec numerator = m[u * V + v];
-      const Vec h = numerator * reciprocal(load(state.h_next + at) * (numerator + 2.0f));
+      const Vec e_o = load(state.h_next + at);
+      const Vec m = numerators[u * V + v], m2 = m + 2.0f;
+      const Vec inverse = reciprocal(fma(e_o, m2, m2));
+      const Vec h = m * inverse;
       store(state.h_next + at, h);
-      if constexpr (record)
-        store(planes.tanh_c + at, numerator * reciprocal(numerator + 2.0f));
-      else
+      if constexpr (record) {
+        store(planes.gates + 3 * hidden * kLanes<V> + at, inverse * m2);
+        store(planes.tanh_c + at, inverse * fma(m, e_o, m));
+      } else {
         store(state.h_out.at(unit + u, v), h);
+      }
     }
 }
 
@@ -168,8 +181,8 @@ static const float* layer_forward(const float* weights, const float* x, int inpu
   }
   for (; unit < hidden; ++unit)
     weights = unit_block<V, 1, record>(weights, x, inputs, state, hidden, unit, planes);
-  for (unit = 0; unit + 2 <= hidden; unit += 2) outputs<V, 2, record>(state, unit, planes);
-  for (; unit < hidden; ++unit) outputs<V, 1, record>(state, unit, planes);
+  for (unit = 0; unit + 4 <= hidden; unit += 4) outputs<V, 4, record>(state, hidden, unit, planes);
+  for (; unit < hidden; ++unit) outputs<V, 1, record>(state, hidden, unit, planes);
   return weights;
 }
 

@@ -6,6 +6,7 @@
 
 // GCC 12 takes the deliberately undefined operands in its own header for a mistake.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTL2O_ISA avx512
 #define FASTL2O_TABLE kAvx512Kernels

@@ -16,6 +16,7 @@ inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
 #include "forward.inl"
 #include "step.inl"
 #include "backward.inl"
+#include "weight_gradient.inl"
 #include "unroll.inl"
 // clang-format on
 
@@ -43,6 +44,8 @@ extern const TileKernels FASTL2O_TABLE = {
     FASTL2O_ISA::pack,
     FASTL2O_ISA::step_tile,
     FASTL2O_ISA::unroll_scratch,
+    FASTL2O_ISA::gradient_sums,
+    FASTL2O_ISA::unpack_gradient,
     FASTL2O_ISA::unroll_tiles,
 };
 

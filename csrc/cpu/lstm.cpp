@@ -178,24 +178,22 @@ void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const
                               choose_segment_steps(kernels, config, args.steps)};
   const int64_t total = args.runs * args.dim;
   const int64_t tiles = (total + kernels.unroll_tile - 1) / kernels.unroll_tile;
-  const int64_t size = MetaLayout(config).total;
+  const int64_t size = kernels.gradient_sums(config);
   // One partial gradient per chunk of tiles, added in order. The chunks depend on the problem only,
   // so the number of threads does not change a bit.
   const int64_t affordable =
       std::max<int64_t>(16, kPartialBytes / (size * int64_t(sizeof(double))));
   const int64_t chunks = std::min({tiles, kMaxChunks, affordable});
-  std::vector<double> partials(size_t(chunks * size), 0.0);
+  std::vector<double> partials(size_t(std::max<int64_t>(chunks, 1) * size), 0.0);
   parallel_for(chunks, [&](int64_t begin, int64_t end) {
     AlignedFloats scratch(kernels.unroll_scratch(context));
     for (int64_t chunk = begin; chunk < end; ++chunk)
       kernels.unroll(context, chunk * tiles / chunks, (chunk + 1) * tiles / chunks,
                      partials.data() + chunk * size, scratch.data);
   });
-  for (int64_t k = 0; k < size; ++k) {
-    double sum = 0.0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[size_t(chunk * size + k)];
-    args.d_meta[k] = float(sum);
-  }
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t k = 0; k < size; ++k) partials[size_t(k)] += partials[size_t(chunk * size + k)];
+  kernels.unpack_gradient(config, partials.data(), args.d_meta);
 }
 
 const char* kernel_name(const TileKernels& kernels) { return kernels.name; }

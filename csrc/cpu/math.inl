@@ -21,9 +21,9 @@ FASTL2O_INLINE Vec clamp_exponent(Vec y) {
 // out.)
 
 inline constexpr float kSigmoidScale = -kLog2E;
-// 1 + 2^y, the denominator of sigmoid(x) for y = -x log2(e). Relative error of 2^y 7.5e-8.
+// e = 2^y with sigmoid(x) = 1 / (1 + e) for y = -x log2(e). Relative error 7.5e-8.
 template <int K>
-FASTL2O_INLINE void sigmoid_denominators(const Vec (&exponent)[K], Vec (&out)[K]) {
+FASTL2O_INLINE void sigmoid_exponentials(const Vec (&exponent)[K], Vec (&out)[K]) {
   const float coefficients[] = {0.0089893398766f, 0.0558263182317f, 0.240153616983f,
                                 0.693153073207f, 0.999999925064f};
   Vec y[K], r[K];
@@ -38,7 +38,7 @@ FASTL2O_INLINE void sigmoid_denominators(const Vec (&exponent)[K], Vec (&out)[K]
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) out[k] = fma(out[k], r[k], splat(coefficient));
 #pragma GCC unroll 16
-  for (int k = 0; k < K; ++k) out[k] = scale_by_floor(out[k], y[k], r[k]) + 1.0f;
+  for (int k = 0; k < K; ++k) out[k] = scale_by_floor(out[k], y[k], r[k]);
 }
 
 inline constexpr float kTanhScale = 2.0f * kLog2E;

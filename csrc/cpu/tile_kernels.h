@@ -1,6 +1,8 @@
 // The seam between the drivers (lstm.cpp) and the code compiled per instruction set.
 #pragma once
 
+#include <initializer_list>
+
 #include "core.h"
 
 namespace fastl2o::cpu {
@@ -47,7 +49,12 @@ struct TileKernels {
   void (*step)(const StepContext&, const StepTile&);
   // Floats of scratch that one call of `unroll` needs (64-byte aligned).
   int64_t (*unroll_scratch)(const UnrollContext&);
-  // Back-propagates tiles [first, last) of `unroll_tile` coordinates; adds to partial (M,).
+  // The gradient of the meta-parameters in the order in which `unroll` adds it up: its length, and
+  // from there to (M,).
+  int64_t (*gradient_sums)(const RuleConfig&);
+  void (*unpack_gradient)(const RuleConfig&, const double* sums, float* d_meta);
+  // Back-propagates tiles [first, last) of `unroll_tile` coordinates; adds to partial
+  // (gradient_sums).
   void (*unroll)(const UnrollContext&, int64_t first, int64_t last, double* partial,
                  float* scratch);
 };

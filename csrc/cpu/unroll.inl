@@ -7,7 +7,7 @@ struct RecordLayout {
   struct Layer {
     int h, c, gates, tanh_c;
   };
-  int features, z, d_projection, moments, readout, d_readout;
+  int features, z, moments, readout;
   Layer layer[kMaxLayers];
   int planes;
 
@@ -20,10 +20,8 @@ struct RecordLayout {
     };
     features = take(config.num_features());
     z = config.is_rnnprop() ? take(hidden) : features;
-    d_projection = take(config.is_rnnprop() ? hidden : 0);
     moments = take(config.num_moments());
     readout = take(1);
-    d_readout = take(1);
     for (int l = 0; l < config.num_layers; ++l) {
       layer[l].h = take(hidden);
       layer[l].c = take(hidden);
@@ -57,6 +55,11 @@ struct UnrollTile {
   float* dx;           // first layer's inputs
   float* d_moments;    // (2)
   float* adjoint;      // dL/dtheta_t
+  float* d_gates;      // (4, H): dL/d(preactivations) of one layer, or of the projection (H)
+  float* transposed;   // the same, (lanes, padded rows)
+  float* ones;         // (1): the bias's input
+  float* d_readout;    // (readout inputs + 1): the readout's gradient before the sum over lanes
+  float* sums;         // (gradient_sums): the other weights' gradient of the segment
   int64_t first = 0;   // the tile's first coordinate
   int count = 0;       // its coordinates; the other lanes are zero
 
@@ -82,6 +85,12 @@ struct UnrollTile {
     dx = take(config.num_inputs());
     d_moments = take(kMoments);
     adjoint = take(1);
+    d_gates = take(4 * hidden);
+    transposed = take(padded_rows(4 * hidden));
+    ones = take(1);
+    for (int lane = 0; lane < lanes; ++lane) ones[lane] = 1.0f;
+    d_readout = take(config.readout_inputs() + 1);
+    sums = scratch;
   }
 
   static int64_t scratch_floats(const UnrollContext& shared) {
@@ -89,7 +98,10 @@ struct UnrollTile {
     return lanes * ((shared.segment_steps + 1) * int64_t(record.planes) +
                     num_segments(shared) * int64_t(shared.config.state_planes()) +
                     2 * kMaxLayers * int64_t(shared.config.hidden_size) +
-                    shared.config.num_inputs() + kMoments + 1);
+                    shared.config.num_inputs() + kMoments + 1 + 4 * shared.config.hidden_size +
+                    padded_rows(4 * shared.config.hidden_size) + 1 +
+                    shared.config.readout_inputs() + 1) +
+           gradient_sums(shared.config);
   }
 
   FASTL2O_INLINE void load_row(const float* row, float* out) const {
@@ -202,21 +214,14 @@ struct UnrollTile {
       for (int at = 0; at < lanes; at += kWidth)
         store(d_update + at, load(adjoint + at) * float(args.lr));
     }
-    float* d_readout = after + record.d_readout * lanes;
+    alignas(64) float d_out[lanes];
     for (int at = 0; at < lanes; at += kWidth) {
       const Vec out = load(after + record.readout * lanes + at);
       const Vec slope =
           config.is_rnnprop() ? (1.0f - out * out) * -config.step_size : splat(config.output_scale);
-      store(d_readout + at, load(d_update + at) * slope);
+      store(d_out + at, load(d_update + at) * slope);
     }
-    const float* readout = context.meta + layout.readout_weight;
-    float* top = config.num_layers == 0 ? dx : dh + int64_t(config.num_layers - 1) * hidden * lanes;
-    for (int k = 0; k < config.readout_inputs(); ++k)
-      for (int at = 0; at < lanes; at += kWidth) {
-        float* own = top + k * lanes + at;
-        const Vec base = config.num_layers == 0 ? Vec{} : load(own);
-        store(own, fma(splat(readout[k]), load(d_readout + at), base));
-      }
+    readout_backward(d_out, after);
     backward_layers(before, after);
     if (config.is_rnnprop())
       rnnprop_features_backward(t, after);
@@ -224,56 +229,76 @@ struct UnrollTile {
       log_sign_backward(t);
   }
 
-  void backward_layers(const float* before, float* after) const {
+  void readout_backward(const float* d_out, const float* after) const {
+    const int inputs = config.readout_inputs(), top_layer = config.num_layers - 1;
+    const float* x = after + (top_layer < 0 ? record.features : record.layer[top_layer].h) * lanes;
+    const float* weight = context.meta + layout.readout_weight;
+    float* d_top = top_layer < 0 ? dx : dh + int64_t(top_layer) * hidden * lanes;
+    for (int k = 0; k < inputs; ++k)
+      for (int at = 0; at < lanes; at += kWidth) {
+        const Vec d = load(d_out + at);
+        float *own = d_top + k * lanes + at, *d_weight = d_readout + k * lanes + at;
+        store(own, fma(splat(weight[k]), d, top_layer < 0 ? Vec{} : load(own)));
+        store(d_weight, fma(load(x + k * lanes + at), d, load(d_weight)));
+      }
+    float* d_bias = d_readout + inputs * lanes;
+    for (int at = 0; at < lanes; at += kWidth)
+      store(d_bias + at, load(d_bias + at) + load(d_out + at));
+  }
+
+  void backward_layers(const float* before, const float* after) const {
     const float* packed = context.packed + packed_forward_floats(config);
     const float* layer_weights[kMaxLayers] = {};
     for (int l = 0; l < config.num_layers; ++l) {
       layer_weights[l] = packed;
       packed += 4 * int64_t(hidden) * (hidden + config.layer_inputs(l));
     }
+    const GradientLayout gradient(config);
     const int rows = 4 * hidden;
     for (int l = config.num_layers - 1; l >= 0; --l) {
-      float* gates = after + record.layer[l].gates * lanes;
+      const auto& at = record.layer[l];
       float* own_dh = dh + int64_t(l) * hidden * lanes;
-      cell_backward<V>(gates, after + record.layer[l].tanh_c * lanes,
-                       before + record.layer[l].c * lanes, own_dh, dc + int64_t(l) * hidden * lanes,
-                       hidden);
-      transposed_product<V, false>(layer_weights[l], gates, rows, hidden, own_dh);
+      cell_backward<V>(after + at.gates * lanes, after + at.tanh_c * lanes, before + at.c * lanes,
+                       own_dh, dc + int64_t(l) * hidden * lanes, d_gates, hidden);
+      transposed_product<V, false>(layer_weights[l], d_gates, rows, hidden, own_dh);
       const float* input_weights = layer_weights[l] + int64_t(rows) * hidden;
       if (l > 0)
-        transposed_product<V, true>(input_weights, gates, rows, hidden,
+        transposed_product<V, true>(input_weights, d_gates, rows, hidden,
                                     own_dh - int64_t(hidden) * lanes);
       else if (config.is_rnnprop() || args.d_grads != nullptr)
-        transposed_product<V, false>(input_weights, gates, rows, config.num_inputs(), dx);
+        transposed_product<V, false>(input_weights, d_gates, rows, config.num_inputs(), dx);
+      const int inputs = l > 0 ? record.layer[l - 1].h : record.z;
+      add_columns(
+          rows, sums + gradient.layer[l],
+          {{after + inputs * lanes, config.layer_inputs(l)}, {before + at.h * lanes, hidden}});
     }
+  }
+
+  struct Columns {
+    const float* planes;
+    int count;
+  };
+  // Adds d_gates (rows) times these columns and times one, for the bias.
+  void add_columns(int rows, float* own, std::initializer_list<Columns> inputs) const {
+    const int64_t stride = padded_rows(rows);
+    transpose_planes<V>(d_gates, rows, transposed);
+    for (const Columns& x : inputs)
+      own = add_gradient<V>(transposed, stride, x.planes, x.count, own);
+    add_gradient<V>(transposed, stride, ones, 1, own);
   }
 
 #include "features_backward.inl"
 
-  void accumulate_gradients(int64_t steps, double* partial) const {
-    auto planes = [this](int record_index, int plane) __attribute__((always_inline)) {
-      return StepPlanes{records + record_index * stride + int64_t(plane) * lanes, stride};
-    };
-    int input_plane = record.z;
-    for (int l = 0; l < config.num_layers; ++l) {
-      const StepPlanes d = planes(1, record.layer[l].gates);
-      weight_gradient<V>(d, 4 * hidden, planes(1, input_plane), config.layer_inputs(l), steps,
-                         partial + layout.weight_ih[l]);
-      weight_gradient<V>(d, 4 * hidden, planes(0, record.layer[l].h), hidden, steps,
-                         partial + layout.weight_hh[l]);
-      bias_gradient<V>(d, 4 * hidden, steps, partial + layout.bias[l]);
-      input_plane = record.layer[l].h;
-    }
-    const StepPlanes d_readout = planes(1, record.d_readout);
-    weight_gradient<V>(d_readout, 1, planes(1, input_plane), config.readout_inputs(), steps,
-                       partial + layout.readout_weight);
-    bias_gradient<V>(d_readout, 1, steps, partial + layout.readout_bias);
-    if (config.is_rnnprop()) {
-      const StepPlanes d = planes(1, record.d_projection);
-      weight_gradient<V>(d, hidden, planes(1, record.features), config.num_features(), steps,
-                         partial + layout.projection_weight);
-      bias_gradient<V>(d, hidden, steps, partial + layout.projection_bias);
-    }
+  void clear_gradients() const {
+    __builtin_memset(d_readout, 0, sizeof(float) * (config.readout_inputs() + 1) * lanes);
+    __builtin_memset(sums, 0, sizeof(float) * size_t(gradient_sums(config)));
+  }
+
+  void add_gradients(double* partial) const {
+    const GradientLayout gradient(config);
+    for (int64_t k = 0; k < gradient.readout; ++k) partial[k] += double(sums[k]);
+    for (int k = 0; k <= config.readout_inputs(); ++k)
+      partial[gradient.readout + k] += double(sum_lanes(d_readout + k * lanes, lanes));
   }
 
   void load_planes(const float* source, float* planes) const {
@@ -327,11 +352,12 @@ struct UnrollTile {
       unpack_state(checkpoints + s * config.state_planes() * lanes, records);
       for (int64_t j = 0; j < steps; ++j)
         replay_step(start + j, records + j * stride, records + (j + 1) * stride);
+      clear_gradients();
       for (int64_t j = steps - 1; j >= 0; --j) {
         backward_step(start + j, records + j * stride, records + (j + 1) * stride);
         if (own_updates) advance_adjoint(start + j, keep);
       }
-      accumulate_gradients(steps, partial);
+      add_gradients(partial);
     }
     finish_adjoints();
   }
