@@ -120,11 +120,10 @@ def step_(
         )
         return
     lists = (params, grads, states, steps) if rule.needs_step else (params, grads, states)
-    meta = rule.flat_buffer(device)
     with torch.no_grad():
         family.step_(
             *lists,
-            meta,
+            rule.flat_buffer(device),
             *family.arguments(rule),
             lr,
             weight_decay,

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "tile_kernels.h"
 
@@ -74,13 +75,14 @@ int fill_segments(const std::vector<StepTensor>& tensors, const std::vector<int6
   return count;
 }
 
+// Uninitialised, from a cache line's start.
 struct AlignedFloats {
-  std::vector<float> storage;
+  std::unique_ptr<float[]> storage;
   float* data;
 
-  explicit AlignedFloats(int64_t count) : storage(size_t(count) + 16) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.data());
-    data = storage.data() + ((64 - address % 64) % 64) / sizeof(float);
+  explicit AlignedFloats(int64_t count) : storage(new float[size_t(count) + 16]) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.get());
+    data = storage.get() + ((64 - address % 64) % 64) / sizeof(float);
   }
 };
 
@@ -136,15 +138,15 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
     }
   }
   if (tensors.empty()) return -1;
-  std::vector<float> packed(size_t(kernels.packed_floats(config, false)));
-  kernels.pack(config, false, meta, packed.data());
+  const AlignedFloats packed(kernels.packed_floats(config, false));
+  kernels.pack(config, false, meta, packed.data);
   for (StepTensor& tensor : tensors) {
     if (!config.is_rnnprop()) continue;
     const double t = double(*tensor.step) + 1.0;
     tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
     tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
   }
-  const StepContext context{config, options, meta, packed.data(), float(std::exp(config.p))};
+  const StepContext context{config, options, meta, packed.data, float(std::exp(config.p))};
   step_tiles(kernels, context, tensors, parallel_for);
   for (StepTensor& tensor : tensors)
     if (tensor.step != nullptr) *tensor.step += 1.0f;
@@ -168,12 +170,12 @@ void functional_step(const TileKernels& kernels, const RuleConfig& config, const
 
 void unroll_backward(const TileKernels& kernels, const RuleConfig& config, const float* meta,
                      const UnrollArgs& args, const ParallelFor& parallel_for) {
-  std::vector<float> packed(size_t(kernels.packed_floats(config, true)));
-  kernels.pack(config, true, meta, packed.data());
+  const AlignedFloats packed(kernels.packed_floats(config, true));
+  kernels.pack(config, true, meta, packed.data);
   const UnrollContext context{config,
                               args,
                               meta,
-                              packed.data(),
+                              packed.data,
                               float(std::exp(config.p)),
                               choose_segment_steps(kernels, config, args.steps)};
   const int64_t total = args.runs * args.dim;
