@@ -149,6 +149,12 @@ def _parse_rule(data: bytes, path: str, family: str | None) -> Rule:
             rule = from_config(found, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    # A default in place of a missing constant would be another rule.
+    missing = sorted(set(rule.config()) - set(config))
+    if missing:
+        raise ValueError(
+            f"{path}: its config lacks {', '.join(missing)}; save the rule again with rule.save"
+        )
     try:
         tensors = load_tensors(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

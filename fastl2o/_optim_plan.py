@@ -36,6 +36,7 @@ Groups = list[dict[str, Any]]
 State = MutableMapping[Any, Any]
 
 _dtype_of = attrgetter("dtype")
+_shape_of = attrgetter("shape")
 
 
 class Settings(NamedTuple):
@@ -101,6 +102,13 @@ class Plan:
             return False
         try:
             planes = [entry["planes"] for entry in self.states]
+            # One op checks all of its tensors before it changes any; of several, the first would
+            # have stepped before the second refused.
+            if len(self.buckets) > 1 and (
+                list(map(_dtype_of, self.active)) != self.dtypes
+                or list(map(_shape_of, self.active)) != list(map(_shape_of, grads))
+            ):
+                return False
             return (
                 all(map(is_, state.values(), self.all_states))
                 and all(map(is_, planes, self.planes))

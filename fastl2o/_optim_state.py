@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from .rules import Rule
 NONFINITE_POLICIES = ("raise", "skip", "pass")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Looked at on every step for values assigned since the last.
+CHECKED_OPTIONS = ("rule", "lr", "weight_decay", "nonfinite", "state_dtype", "foreach", "fused")
 
 # What a group of an older checkpoint, or one unpickled from it, is completed with.
 GROUP_DEFAULTS: dict[str, Any] = {
@@ -233,6 +236,16 @@ def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
             "'param_groups'. Give what an optimizer's state_dict() returned"
         )
     saved_groups = state_dict["param_groups"]
+    if not (
+        isinstance(state_dict["state"], Mapping)
+        and isinstance(saved_groups, Sequence)
+        and all(isinstance(group, Mapping) and "params" in group for group in saved_groups)
+        and all(isinstance(entry, Mapping) for entry in state_dict["state"].values())
+    ):
+        raise ValueError(
+            "loaded state dict is malformed: 'state' must map parameter ids to dictionaries, "
+            "'param_groups' must be a list of dictionaries with 'params'"
+        )
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:

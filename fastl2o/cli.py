@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,31 +104,62 @@ def train(
         seed=loaded.seed if seed is None else seed,
     )
     folder = out if out is not None else Path("runs") / loaded.name
-    exists = load_checkpoint(folder) is not None
-    if exists and not resume:
-        raise RuntimeError(
-            f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
+    with _alone_in(folder):
+        exists = load_checkpoint(folder) is not None
+        if exists and not resume:
+            raise RuntimeError(
+                f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
+            )
+        trainer = build_trainer(
+            loaded, data, checkpoint_dir=folder, checkpoint_every=checkpoint_every
         )
-    trainer = build_trainer(loaded, data, checkpoint_dir=folder, checkpoint_every=checkpoint_every)
-    typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
-    result = trainer.fit(loaded.outer_steps)
-    card = {
-        **loaded.card,
-        "name": loaded.name,
-        "description": loaded.description,
-        "recipe": asdict(loaded),
-        "trained": {
-            "outer_steps": result.outer_steps,
-            "best_step": result.best_step,
-            "best_score": result.best_score if result.best_step is not None else None,
-            "skipped": result.skipped,
-            "fastl2o": __version__,
-        },
-    }
-    path = folder / f"{loaded.name}.safetensors"
-    trainer.best_rule.save(path, card)
-    score = "" if result.best_step is None else f", validation {result.best_score:.5g}"
-    typer.echo(f"best rule: {path} (outer step {result.best_step or result.outer_steps}{score})")
+        typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
+        try:
+            result = trainer.fit(loaded.outer_steps)
+        except KeyboardInterrupt:
+            typer.echo(
+                f"interrupted at outer step {trainer.outer_step}; continue from the last "
+                "checkpoint with --resume",
+                err=True,
+            )
+            raise
+        card = {
+            **loaded.card,
+            "name": loaded.name,
+            "description": loaded.description,
+            "recipe": asdict(loaded),
+            "trained": {
+                "outer_steps": result.outer_steps,
+                "best_step": result.best_step,
+                "best_score": result.best_score if result.best_step is not None else None,
+                "skipped": result.skipped,
+                "fastl2o": __version__,
+            },
+        }
+        path = folder / f"{loaded.name}.safetensors"
+        trainer.best_rule.save(path, card)
+        score = "" if result.best_step is None else f", validation {result.best_score:.5g}"
+        typer.echo(
+            f"best rule: {path} (outer step {result.best_step or result.outer_steps}{score})"
+        )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second training out of the folder; a killed process frees it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "training.lock", "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on this system
+        except OSError:
+            raise RuntimeError(
+                f"another training is running in {folder}: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 @app.command("eval")
@@ -171,6 +204,8 @@ def evaluate(
     """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
     from ._evaluate import HAND_DESIGNED, Setting, compare, threads
 
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     widths = None if hidden is None else _parse_widths(hidden)
     options = {
         "data": data,

@@ -29,6 +29,7 @@ from ._optim_plan import (
     unchecked,
 )
 from ._optim_state import (
+    CHECKED_OPTIONS,
     GROUP_DEFAULTS,
     check_options,
     check_state_dict,
@@ -67,9 +68,10 @@ class LearnedOptimizer(Optimizer):
         lr: a finite number >= 0 or a tensor of one element.
         weight_decay: decoupled, multiplied by ``lr``; a finite number >= 0.
         maximize: follow the negated gradient.
-        nonfinite: what to do about a gradient that holds NaN or Inf. "raise": RuntimeError that
-            names the parameter, nothing is changed; "skip": leave that parameter and its state
-            alone; "pass": feed it to the rule.
+        nonfinite: what to do about a gradient that holds NaN or Inf (RNNprop squares gradients in
+            float32: a finite one beyond 1.8e19 stalls its coordinate unseen). "raise":
+            RuntimeError that names the parameter, nothing is changed; "skip": leave that parameter
+            and its state alone; "pass": feed it to the rule.
         state_dtype: float32; bfloat16 to halve the memory; float64 (reference path only).
         foreach, fused: True or None use the list kernels of the current
             :func:`fastl2o.backend`, False (without the other) the reference loop.
@@ -132,6 +134,7 @@ class LearnedOptimizer(Optimizer):
         }
         check_options(defaults)
         self._plan: Plan | None = None
+        self._checked_options: list[tuple[Any, ...]] = []
         super().__init__(params, {**defaults, "rule": resolve_rule(rule)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -182,6 +185,7 @@ class LearnedOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_lists(self) -> None:
         groups = self.param_groups
+        self._check_assigned_options()
         plan, grads = gather(groups, self.state, self._plan)
         self._plan = plan
         if not grads:
@@ -198,9 +202,30 @@ class LearnedOptimizer(Optimizer):
             return
         if to_check and first_nonfinite([grads[i] for i in to_check]) is not None:
             raise_nonfinite(plan, groups, grads)
-        if first_step:
-            create_missing(plan, groups, self.state, grads)
-        run(plan, groups, grads, amp, checked=first_step)
+        created = [plan.active[i] for i in plan.missing]
+        try:
+            if first_step:
+                create_missing(plan, groups, self.state, grads)
+            run(plan, groups, grads, amp, checked=first_step)
+        except Exception:
+            # Only the first bucket's op can have refused, so nothing has been stepped.
+            for p in created:
+                self.state.pop(p, None)
+            self._plan = None
+            if not first_step:
+                gather(groups, self.state, None)  # names the parameter, where one does not fit
+            raise
+
+    def _check_assigned_options(self) -> None:
+        """Check options that were assigned to the groups since the last step."""
+        options = [tuple(map(group.get, CHECKED_OPTIONS)) for group in self.param_groups]
+        if options == self._checked_options:
+            return
+        for group in self.param_groups:
+            check_options(group)
+            if not isinstance(group["rule"], Rule):
+                group["rule"] = resolve_rule(group["rule"])
+        self._checked_options = options
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -240,6 +265,11 @@ class LearnedOptimizer(Optimizer):
             ValueError: the checkpoint is of another rule, shape or number of parameters, or holds
                 an impossible option. The message names the parameter; nothing is changed.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"Invalid state_dict: {type(state_dict).__name__}. Give what an optimizer's "
+                "state_dict() returned"
+            )
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
@@ -295,6 +325,7 @@ class LearnedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._checked_options = []
         for options in (self.defaults, *self.param_groups):
             for name, value in GROUP_DEFAULTS.items():
                 options.setdefault(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -167,3 +168,21 @@ def test_main_prints_expected_errors_on_one_line(monkeypatch, capsys) -> None:
     assert error.startswith("fastl2o: ")
     assert "no-such-recipe" in error
     assert "Traceback" not in error
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        cli._alone_in(tmp_path),
+        pytest.raises(RuntimeError, match="another training is running"),
+        cli._alone_in(tmp_path),
+    ):
+        pass
+    with cli._alone_in(tmp_path):  # free again
+        pass
+
+
+def test_python_m_fastl2o_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastl2o", "info"], capture_output=True, text=True, check=True
+    )
+    assert "default_backend" in done.stdout

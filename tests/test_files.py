@@ -116,6 +116,15 @@ def test_safetensors_of_others_are_not_rules(metadata: Any, tmp_path: Path) -> N
         fastl2o.load(path)
 
 
+def test_a_config_without_one_of_its_constants_is_refused(tmp_path: Path) -> None:
+    tensors, header = parts(LSTMRule(hidden_size=2, num_layers=1, output_scale=0.01), tmp_path)
+    del header["config"]["output_scale"]
+    path = tmp_path / "lacking.safetensors"
+    path.write_bytes(save_tensors(tensors, metadata={_files.FORMAT: json.dumps(header)}))
+    with pytest.raises(ValueError, match="its config lacks output_scale"):
+        fastl2o.load(path)
+
+
 def test_the_family_can_be_demanded(tmp_path: Path) -> None:
     path = tmp_path / "rule.safetensors"
     LSTMRule(3, 1).save(path)

@@ -361,8 +361,11 @@ def test_damaged_checkpoints(tmp_path: Path, uninterrupted: meta.MetaTrainer) ->
     current, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
     current.write_bytes(current.read_bytes()[:1000])
     trainer = meta_child.make_trainer(tmp_path)
-    trainer.fit(0)
+    with pytest.warns(RuntimeWarning, match="newest checkpoint is damaged"):
+        trainer.fit(0)
     assert trainer.outer_step == 8
+    assert not current.exists()
+    assert previous.exists()
     trainer.fit(meta_child.OUTER_STEPS)
     assert_same_bits(trainer, uninterrupted)
     for path in (current, previous):
@@ -388,3 +391,47 @@ def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(rule.parameters(), lr=2e-3, betas=(0.8, 0.99))
     with pytest.raises(ValueError, match="optimizer: here"):
         small_trainer(rule=rule, optimizer=optimizer, checkpoint_dir=tmp_path).fit(4)
+
+
+def test_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"version": 1, "fingerprint": "{"}, tmp_path / CHECKPOINT)
+    with pytest.raises(meta.CheckpointError, match="not one of a MetaTrainer"):
+        small_trainer(checkpoint_dir=tmp_path).fit(1)
+
+
+def test_frozen_parameters_of_the_rule_stay() -> None:
+    trainer = small_trainer()
+    for parameter in trainer.rule.readout.parameters():
+        parameter.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in trainer.rule.named_parameters()}
+    trainer.fit(2)
+    changed = {n for n, p in trainer.rule.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {name for name in before if not name.startswith("readout")}
+
+
+def test_an_update_that_overflows_is_taken_back() -> None:
+    rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1, preprocess="identity")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=1e38)
+    trainer = meta.MetaTrainer(
+        rule,
+        tasks=[meta.tasks.Quadratic(dim=3)],
+        optimizer=optimizer,
+        horizon=20,
+        runs=4,
+        progress=False,
+        divergence=None,
+    )
+    with torch.no_grad():
+        rule.readout.weight.fill_(1.0)
+    trainer.fit(3)
+    assert trainer.skipped > 0
+    assert bool(torch.isfinite(rule.flat_parameters()).all())
+
+
+@pytest.mark.parametrize("lr", [float("inf"), float("nan"), -1.0])
+def test_learning_rate_of_the_optimizer_must_be_finite(lr: float) -> None:
+    rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="the optimizer's lr"):
+        meta.MetaTrainer(rule, tasks=[meta.tasks.Quadratic(dim=3)], optimizer=optimizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +97,7 @@ _TOP_KEYS: Keys = {
     "imitation": (dict,),
     "card": (dict,),
 }
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REQUIRED = ("name", "outer_steps", "rule", "tasks")
 _NAMES = {
     str: "text",
@@ -136,6 +139,20 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
     for key in ("seed", "outer_steps"):
         with naming(source, key):
             check_number(key, table.get(key, 0), minimum=0, integer=True)
+            if table.get(key, 0) >= 2**63:
+                raise ValueError(f"{key} must be below 2**63, got {table[key]}")
+    if not _NAME.fullmatch(table["name"]):
+        raise RecipeError(
+            f"{source}: name is that of the rule's file: letters, digits, '.', '_' and '-', "
+            f"beginning with a letter or digit; got {table['name']!r}"
+        )
+    try:
+        json.dumps(table.get("card", {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{source}: card holds what a rule file cannot ({error}); accepted are text, finite "
+            "numbers, true, false, lists and tables"
+        ) from error
 
 
 @contextmanager
@@ -187,6 +204,10 @@ def _check_optimizer(source: str, table: dict[str, Any]) -> None:
             f"{source}: optimizer.name must be one of {', '.join(OPTIMIZERS)}; got {name!r}"
         )
     _check_table(source, "optimizer", table, {"name": (str,), **OPTIMIZERS[name][1]})
+    if len(table.get("betas", (0, 0))) != 2:
+        raise RecipeError(
+            f"{source}: optimizer.betas must be a list of two, got {table['betas']!r}"
+        )
 
 
 def _check_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 __all__ = ["CHECKPOINT", "PREVIOUS", "CheckpointError", "load_checkpoint", "save_checkpoint"]
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
 _VERSION = 1
 
 
@@ -87,6 +89,15 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             problems.append(f"{str(path)!r}: {reason}")
             continue
+        if problems:
+            # Out of the way, or the next save would put it in the place of the whole one.
+            os.replace(directory / CHECKPOINT, directory / DAMAGED)
+            warnings.warn(
+                f"the newest checkpoint is damaged ({problems[0]}) and now called {DAMAGED!r}; "
+                f"continuing from {str(path)!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if not isinstance(content, dict) or content.get("version") != _VERSION:
             found = content.get("version") if isinstance(content, dict) else None
             raise CheckpointError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ._checks import check_number
 from ._recipe_schema import OPTIMIZERS, TASKS, RecipeError, check_recipe, naming
 from .estimators import TruncatedBPTT
 from .imitation import Imitation
@@ -168,6 +169,7 @@ def build_trainer(
         arguments = {"lr": 1e-3, **recipe.optimizer}
         make = OPTIMIZERS[arguments.pop("name", "adam")][0]
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        check_number("lr", arguments["lr"], minimum=0)
         optimizer = make(rule.parameters(), **arguments)
     with naming(source, "schedule"):
         total = {"total": max(1, recipe.outer_steps)}

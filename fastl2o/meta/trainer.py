@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ._checks import check_number
 from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
 from ._log import TrainingLog
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .estimators import MetaGradient, TruncatedBPTT
 from .imitation import Imitation
 from .schedules import Horizon, LRSchedule, as_horizon, longest
@@ -129,6 +129,12 @@ class MetaTrainer:
         if optimizer is None:
             optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
         check_optimizer(optimizer, rule)
+        if not any(parameter.requires_grad for parameter in rule.parameters()):
+            raise ValueError(
+                "every parameter of rule has requires_grad=False; leave some trainable"
+            )
+        for group in optimizer.param_groups:
+            check_number("the optimizer's lr", float(group["lr"]), minimum=0)
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.seed, self.divergence = seed, divergence
         self.validation, self.imitation = validation, imitation
@@ -214,8 +220,9 @@ class MetaTrainer:
         norm = float(torch.linalg.vector_norm(result.gradient))
         usable = self._usable(result, group, norm)
         factor = 1.0 if self.schedule is None else self.schedule(self.outer_step)
-        if usable:
-            self._update(result.gradient, norm, factor, imitating=group.moments is not None)
+        usable = usable and self._update(
+            result.gradient, norm, factor, imitating=group.moments is not None
+        )
         self._groups[slot] = group if usable else None
         self._skipped_in_a_row = 0 if usable else self._skipped_in_a_row + 1
         self.skipped += not usable
@@ -234,10 +241,12 @@ class MetaTrainer:
         if self.checkpoint_dir is not None and due:
             save_checkpoint(self.checkpoint_dir, self.state_dict())
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            if self.checkpoint_dir is not None and not due:
+                save_checkpoint(self.checkpoint_dir, self.state_dict())
             raise RuntimeError(
                 f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged "
                 f"losses, up to outer step {self.outer_step}; lower the optimizer's lr or set "
-                "clip_grad. best_rule is still usable"
+                "clip_grad. best_rule is the best validated rule, or else the last one"
             )
         return float(result.loss)
 
@@ -254,17 +263,26 @@ class MetaTrainer:
         bound = self.divergence * (group.progress.first_losses + 1.0)
         return bool((result.losses[-1] <= bound).all())
 
-    def _update(self, gradient: Tensor, norm: float, factor: float, *, imitating: bool) -> None:
+    def _update(self, gradient: Tensor, norm: float, factor: float, *, imitating: bool) -> bool:
+        """Take one outer step; False, and the rule as it was, if it left a number not finite."""
         if self.clip_grad is not None and norm > self.clip_grad:
             gradient = gradient * (self.clip_grad / norm)
         pieces = self.rule.unflatten(gradient)
+        before = {name: value.detach().clone() for name, value in self.rule.named_parameters()}
         for name, parameter in self.rule.named_parameters():
-            parameter.grad = pieces[name].clone()
+            if parameter.requires_grad:
+                parameter.grad = pieces[name].clone()
         optimizer = self._optimizers[1 if imitating else 0]
         for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if all(bool(torch.isfinite(value).all()) for value in self.rule.parameters()):
+            return True
+        with torch.no_grad():
+            for name, parameter in self.rule.named_parameters():
+                parameter.copy_(before[name])
+        return False
 
     def _validate(self) -> float | None:
         if self.validation is None or self.outer_step % self.validation.every != 0:
@@ -327,7 +345,8 @@ class MetaTrainer:
         if different:
             raise ValueError(
                 f"the checkpoint is of another training ({'; '.join(different)}); "
-                "give the saved settings, or choose another checkpoint_dir"
+                "give the saved settings, or choose another checkpoint_dir (--out). A recipe's "
+                "schedule ends at its last outer step, so that number cannot be changed either"
             )
         self.rule.load_state_dict(state["rule"])
         self._best_parameters = state["best"]
@@ -345,7 +364,13 @@ class MetaTrainer:
             return
         saved = load_checkpoint(self.checkpoint_dir)
         if saved is not None:
-            self.load_state_dict(saved)
+            try:
+                self.load_state_dict(saved)
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                raise CheckpointError(
+                    f"the checkpoint in {str(self.checkpoint_dir)!r} is not one of a MetaTrainer "
+                    f"({error!r}); delete the directory to start over, or choose another"
+                ) from error
         self._log.open_at(self.outer_step)
 
 

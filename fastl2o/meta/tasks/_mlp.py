@@ -232,6 +232,11 @@ class MLPClassification(Task):
         part = {"train": slice(None), "meta_train": slice(cut), "meta_valid": slice(cut, None)}[
             self.split
         ]
+        if len(labels[part]) == 0:
+            raise ValueError(
+                f"split {self.split!r} of {len(labels)} training images with fraction "
+                f"{self.fraction} is empty; choose another split or fraction, or more images"
+            )
         return images[part], labels[part]
 
     def sample(

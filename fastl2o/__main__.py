@@ -1,0 +1,5 @@
+"""``python -m fastl2o``: the command line."""
+
+from .cli import main
+
+main()
