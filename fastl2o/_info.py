@@ -25,6 +25,7 @@ def info() -> Info:
     Returns:
         A dictionary, printed as a table: "fastl2o", "torch" and "python" versions, "threads" of
         torch, "extension" (path of the compiled extension or None) and "extension_status",
+        "cuda_extension" and "cuda_extension_status" (the library of CUDA kernels),
         "cpu_capability" (instruction set in use, or None), "backends" (name to "" if present, else
         why not), "default_backend", "zoo" (names).
 
@@ -32,7 +33,7 @@ def info() -> Info:
         >>> info()["backends"]["reference"]
         ''
     """
-    extension = backends.extension()
+    extension, cuda = backends.extension(), backends.cuda_extension()
     return Info(
         {
             "fastl2o": __version__,
@@ -41,6 +42,8 @@ def info() -> Info:
             "threads": torch.get_num_threads(),
             "extension": None if extension.path is None else str(extension.path),
             "extension_status": extension.reason,
+            "cuda_extension": None if cuda.path is None else str(cuda.path),
+            "cuda_extension_status": cuda.reason,
             "cpu_capability": _load.cpu_capability() if extension.loaded else None,
             "backends": backends.available(),
             "default_backend": backends.requested(),

@@ -27,7 +27,7 @@ class Extension:
 
     @property
     def loaded(self) -> bool:
-        """Whether the CPU kernels are registered."""
+        """Whether its kernels are registered."""
         return self.path is not None
 
 
@@ -72,6 +72,40 @@ def load_extension(folder: Path = _PACKAGE) -> Extension:
         )
         return Extension(None, reason)
     return Extension(path, "loaded")
+
+
+def load_cuda_extension(folder: Path = _PACKAGE) -> Extension:
+    """Load the library of CUDA kernels, which needs a torch that has CUDA, and say what happened.
+
+    Under a torch without CUDA it is not touched: the symbols that it needs are not there.
+    """
+    if os.environ.get("FASTL2O_CUDA") == "0":
+        return Extension(None, "FASTL2O_CUDA=0 is set: unset it to use the CUDA kernels")
+    if torch.version.cuda is None:
+        return Extension(
+            None,
+            f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch, or "
+            "use 'auto' or 'reference'",
+        )
+    found = sorted(folder.glob("_C_cuda.*so"))
+    if not found:
+        return Extension(
+            None,
+            "no fastl2o/_C_cuda*.so beside the package: install from source with nvcc on PATH and "
+            "FASTL2O_CUDA=1 (in a checkout: FASTL2O_CUDA=1 make build), or use 'triton'",
+        )
+    try:
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        reason = (
+            f"{found[0]} does not load ({error}); it may be built for another torch: rebuild it "
+            f"against torch {torch.__version__} with FASTL2O_CUDA=1"
+        )
+        warnings.warn(
+            f"fastl2o goes on without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2
+        )
+        return Extension(None, reason)
+    return Extension(found[0], "loaded")
 
 
 def cpu_capability() -> str | None:

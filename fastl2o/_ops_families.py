@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _ops_gpu
 from . import _ops_reference as reference
 from .rules import Rule, from_config
 
@@ -79,9 +80,13 @@ def _rule(signature: _Signature, named: Named) -> Rule:
 
 
 def _define(
-    name: str, schema: str, default: Callable[[Named], Any], fake: Callable[[Named], Any]
+    name: str,
+    schema: str,
+    default: Callable[[Named], Any],
+    fake: Callable[[Named], Any],
+    gpu: Callable[[Named], Any],
 ) -> Any:
-    """Define an op with its default implementation and fake, both given arguments by name."""
+    """Define an op: its default implementation, fake and GPU kernels, given arguments by name."""
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.fastl2o, name)
     arguments = op.default._schema.arguments
@@ -99,10 +104,19 @@ def _define(
         return kernel
 
     _LIBRARY.impl(name, by_name(default), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, by_name(gpu), "CUDA")
     torch.library.register_fake(f"fastl2o::{name}", by_name(fake), lib=_LIBRARY)
     # The packet resolves overloads on each call; the overload itself is a microsecond or two
     # faster.
     return op.default
+
+
+def _on_gpu(
+    signature: _Signature,
+    function: Callable[[str, Rule, Named], Any],
+    default: Callable[[Named], Any],
+) -> Callable[[Named], Any]:
+    return _ops_gpu.dispatched(function, functools.partial(_rule, signature), default)
 
 
 def _maths_dtype(state: Tensor) -> torch.dtype:
@@ -133,7 +147,8 @@ def _define_step_(signature: _Signature) -> Any:
             named["found_inf"],
         )
 
-    return _define(f"{signature.family}_step_", schema, default, lambda named: None)
+    gpu = _on_gpu(signature, _ops_gpu.step_, default)
+    return _define(f"{signature.family}_step_", schema, default, lambda named: None, gpu)
 
 
 def _define_step_backward(signature: _Signature) -> Any:
@@ -156,7 +171,8 @@ def _define_step_backward(signature: _Signature) -> Any:
     def fake(named: Named) -> tuple[Tensor, ...]:
         return tuple(_empty_like(named[name]) for name in ("grad", "state", "meta"))
 
-    return _define(f"{signature.family}_step_backward", schema, default, fake)
+    gpu = _on_gpu(signature, _ops_gpu.step_backward, default)
+    return _define(f"{signature.family}_step_backward", schema, default, fake, gpu)
 
 
 def _define_step(signature: _Signature, step_backward: Any) -> Any:
@@ -175,7 +191,7 @@ def _define_step(signature: _Signature, step_backward: Any) -> Any:
     schema = (
         f"(Tensor grad, Tensor state, {step}Tensor meta, {signature.schema}) -> (Tensor, Tensor)"
     )
-    op = _define(name, schema, default, fake)
+    op = _define(name, schema, default, fake, _on_gpu(signature, _ops_gpu.step, default))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         is_tensor = [isinstance(value, Tensor) for value in inputs]
@@ -220,7 +236,8 @@ def _define_unroll_backward(signature: _Signature) -> Any:
     def fake(named: Named) -> tuple[Tensor, Tensor]:
         return _empty_like(named["meta"]), _empty_like(named["state"])
 
-    return _define(f"{signature.family}_unroll_backward", schema, default, fake)
+    gpu = _on_gpu(signature, _ops_gpu.unroll_backward, default)
+    return _define(f"{signature.family}_unroll_backward", schema, default, fake, gpu)
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,6 +8,7 @@ the block wins.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from contextvars import ContextVar, Token
@@ -15,18 +16,20 @@ from types import TracebackType
 
 import torch
 
-from ._load import Extension, load_extension
+from ._load import Extension, load_cuda_extension, load_extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 _forced: ContextVar[str | None] = ContextVar("fastl2o_backend", default=None)
 _extension = Extension(None, "fastl2o.ops is not imported yet")
+_cuda_extension = _extension
 
 
 def load() -> None:
-    """Load the compiled extension; `fastl2o.ops` calls this once, when the schemas are there."""
-    global _extension
+    """Load the compiled extensions; `fastl2o.ops` calls this once, when the schemas are there."""
+    global _extension, _cuda_extension
     _extension = load_extension()
+    _cuda_extension = load_cuda_extension()
 
 
 def extension() -> Extension:
@@ -38,8 +41,31 @@ def _why_no_cpu() -> str:
     return "" if _extension.loaded else _extension.reason
 
 
-def _why_no_gpu() -> str:
-    return "this version has no GPU kernels; use 'auto' or 'reference', which run plain torch there"
+def cuda_extension() -> Extension:
+    """What became of the library of CUDA kernels."""
+    return _cuda_extension
+
+
+def _why_no_cuda() -> str:
+    return "" if _cuda_extension.loaded else _cuda_extension.reason
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter, the only way that it takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_triton() -> str:
+    # Found, not imported: importing Triton takes longer than all of fastl2o.
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; get it with: pip install 'triton>=3.6'"
+    if not interpreting() and torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA and ROCm: install a torch that has "
+            "one, or set TRITON_INTERPRET=1 before starting Python to run Triton's (slow) "
+            "interpreter on CPU tensors"
+        )
+    return ""
 
 
 # One entry a backend: an empty string when it is present, else what is missing and what to do.
@@ -47,8 +73,8 @@ _WHY_ABSENT: dict[str, Callable[[], str]] = {
     "auto": lambda: "",
     "reference": lambda: "",
     "cpu": _why_no_cpu,
-    "triton": _why_no_gpu,
-    "cuda": _why_no_gpu,
+    "triton": _why_no_triton,
+    "cuda": _why_no_cuda,
 }
 
 
@@ -115,13 +141,24 @@ def requested() -> str:
     return name
 
 
-def choose(device: torch.device, unsupported: str) -> str:
-    """The backend to run on for tensors of `device`: "reference" or "cpu".
+def _takes_all(name: str) -> str:
+    """No objection, from any backend."""
+    return ""
+
+
+def choose(
+    device: torch.device, unsupported: str, refuses: Callable[[str], str] = _takes_all
+) -> str:
+    """The backend to run on for tensors of `device`: "reference", "cpu", "triton" or "cuda".
+
+    "auto" takes the first of cuda, triton and reference on a CUDA device and of cpu and reference
+    on the CPU that is present and takes the tensors; on other devices it takes the reference.
 
     Args:
         device: where the tensors are.
         unsupported: "" if the kernels take these tensors, else what they do not take and what to
             do.
+        refuses: from a backend's name, what that backend alone does not take, "" if it takes it.
 
     Raises:
         RuntimeError: a backend was forced that cannot take these tensors.
@@ -129,13 +166,29 @@ def choose(device: torch.device, unsupported: str) -> str:
     name = requested()
     if name == "reference":
         return name
-    on_cpu = device.type == "cpu"
     if name == "auto":
-        return "cpu" if on_cpu and not unsupported and _extension.loaded else "reference"
-    if not on_cpu:
-        raise RuntimeError(
-            f"backend {name!r} was forced for tensors on {device}; move them or use 'auto'"
+        if unsupported:
+            return "reference"
+        if device.type == "cpu":
+            return "cpu" if _extension.loaded else "reference"
+        candidates = ("cuda", "triton") if device.type == "cuda" else ()
+        for candidate in candidates:
+            if not _WHY_ABSENT[candidate]() and not refuses(candidate):
+                return candidate
+        return "reference"
+    if device.type != ("cpu" if name == "cpu" else "cuda") and not (
+        name == "triton" and device.type == "cpu" and interpreting()
+    ):
+        interpreter = (
+            ", or set TRITON_INTERPRET=1 before starting Python for the interpreter"
+            if name == "triton" and device.type == "cpu"
+            else ""
         )
+        raise RuntimeError(
+            f"backend {name!r} was forced for tensors on {device}; move them or use "
+            f"'auto'{interpreter}"
+        )
+    unsupported = unsupported or refuses(name)
     if unsupported:
         raise RuntimeError(
             f"backend {name!r} was forced, but {unsupported}; or use 'auto' or 'reference'"

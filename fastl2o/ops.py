@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _ops_gpu, backends
 from . import _ops_reference as reference
-from . import backends
 from ._ops_families import FAMILIES
 from .rules import Rule
 
@@ -100,7 +100,14 @@ def step_(
         unsupported = (
             f"its step takes state in float32 or bfloat16, not {state_dtype}: convert the state"
         )
-    if backends.choose(device, unsupported) == "reference" or family is None:
+    if device.type == "cuda" or backends.requested() in ("triton", "cuda"):
+        unsupported = unsupported or _ops_gpu.one_dtype(params, states)
+    chosen = backends.choose(
+        device,
+        unsupported,
+        refuses=_ops_gpu.objections(rule, device, in_place=True),
+    )
+    if chosen == "reference" or family is None:
         meta = rule.flat_buffer(
             device, torch.float64 if state_dtype == torch.float64 else torch.float32
         )
@@ -120,18 +127,12 @@ def step_(
         )
         return
     lists = (params, grads, states, steps) if rule.needs_step else (params, grads, states)
+    options = (lr, weight_decay, maximize, mode, grad_scale, found_inf)
     with torch.no_grad():
-        family.step_(
-            *lists,
-            rule.flat_buffer(device),
-            *family.arguments(rule),
-            lr,
-            weight_decay,
-            maximize,
-            mode,
-            grad_scale,
-            found_inf,
-        )
+        if chosen == "triton" and device.type == "cpu":
+            _ops_gpu.interpreted_step_(rule, *lists, rule.flat_buffer(device), *options)
+        else:
+            family.step_(*lists, rule.flat_buffer(device), *family.arguments(rule), *options)
     # A kernel writes through raw pointers: autograd must learn that tensors saved for a backward
     # have changed. Gradients and step counters are in no graph.
     torch.autograd.graph.increment_version([*params, *states])
@@ -170,7 +171,12 @@ def step(
     """
     family = FAMILIES.get(rule.family)
     unsupported = _unsupported(rule, grad, state, meta)
-    if backends.choose(grad.device, unsupported) == "reference" or family is None:
+    chosen = backends.choose(
+        grad.device,
+        unsupported,
+        refuses=_ops_gpu.objections(rule, grad.device, in_place=False),
+    )
+    if chosen == "reference" or family is None:
         return rule.reference_step(grad, state, step, meta)
     flat = rule.flat_parameters() if meta is None else meta
     taken = (int(step),) if rule.needs_step else ()
@@ -229,7 +235,12 @@ def unroll_backward(
     flat = rule.flat_parameters().detach() if meta is None else meta.detach()
     unsupported = _unsupported(rule, grads, state, flat)
     lr, weight_decay = float(lr), float(weight_decay)
-    if backends.choose(grads.device, unsupported) == "reference" or family is None:
+    chosen = backends.choose(
+        grads.device,
+        unsupported,
+        refuses=_ops_gpu.objections(rule, grads.device, in_place=False),
+    )
+    if chosen == "reference" or family is None:
         return reference.unroll_backward(
             rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay
         )

@@ -76,7 +76,8 @@ def mnist(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["lstm-quadratic", "lstm-mnist-start", "lstm-mnist", "rnnprop-mnist"]
+    "name",
+    ["lstm-quadratic", "lstm-mnist-start", "lstm-mnist-middle", "lstm-mnist", "rnnprop-mnist"],
 )
 def test_committed_recipes_build(name: str, mnist: Path) -> None:
     assert name in recipe_names()

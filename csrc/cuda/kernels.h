@@ -1,0 +1,79 @@
+// The torch-free host API of the CUDA kernels. All addresses are the current device's; every
+// function only launches on `stream` (a cudaStream_t) and returns a cudaError_t as int, 0 for
+// success.
+#pragma once
+
+#include <cstdint>
+
+#include "rule_config.h"
+
+namespace fastl2o::cuda {
+
+enum class DType { f32, f64, bf16, f16 };
+
+// exact: at most twice the error of float32 torch. fast: TF32 products, up to 3e-3 off in h and c.
+enum class Precision { exact, fast };
+
+// One tensor of the optimizer: contiguous, `numel` coordinates.
+struct StepTensor {
+  void* param;  // param_dtype, read and written
+  void* grad;   // param_dtype, read; written back unscaled when there is a grad scale
+  void* state;  // state_dtype, (state_planes, numel), read and written
+  float* step;  // steps already taken, incremented; null for rules that count none
+  int64_t numel;
+};
+
+struct StepOptions {
+  double lr = 1.0;
+  double weight_decay = 0.0;
+  bool maximize = false;
+  int nonfinite = 0;  // 0 pass, 1 skip, 2 raise
+  DType param_dtype = DType::f32;
+  DType state_dtype = DType::f32;  // f32 or bf16
+  Precision precision = Precision::exact;
+  bool stochastic_rounding = false;  // of a bf16 state, from `seed`, which each step must change
+  uint64_t seed = 0;
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+  // count + 1 ints unless nonfinite is 0: 1 for each tensor whose gradient holds NaN or Inf, then 1
+  // if any does. With 2 nothing changes in that case; the caller reads the flags and raises.
+  int* nonfinite_flags = nullptr;
+};
+
+// One truncation window; see kernels/lstm/README.md for the identity it evaluates.
+// R runs of D coordinates, N = R * D. Exactly one of loss_weights and d_update is given.
+struct UnrollArgs {
+  int64_t steps = 0;      // T
+  int64_t rows = 0;       // K: T, or T + 1 when the gradient at the last point is recorded
+  int64_t runs = 0;       // R
+  int64_t dim = 0;        // D
+  double first_step = 0;  // steps taken before the window (RNNprop's bias correction)
+  double lr = 1.0;
+  double weight_decay = 0.0;
+  const float* grads = nullptr;         // (K, N)
+  const float* state = nullptr;         // (S, N), before the window
+  const float* loss_weights = nullptr;  // (K, R): w_t
+  const float* d_update = nullptr;      // (T, N): dL/du_t given outright
+  const float* d_last_state = nullptr;  // (S, N) or null for zero
+  float* d_meta = nullptr;              // (M,), written
+  float* d_state = nullptr;             // (S, N), written
+  float* d_grads = nullptr;             // (T, N) or null: through the rule's inputs
+  float* scratch = nullptr;             // unroll_scratch_floats() floats
+};
+
+// Whether the CUDA kernels take this rule; others fall to Triton.
+bool supported(const RuleConfig& config);
+
+int step(const RuleConfig& config, const float* meta, const StepTensor* tensors, int64_t count,
+         const StepOptions& options, void* stream);
+
+// update (N,) and new_state (S, N) from grad (N,) and state (S, N), all float32.
+int functional_step(const RuleConfig& config, const float* meta, int64_t numel, double first_step,
+                    const float* grad, const float* state, float* update, float* new_state,
+                    Precision precision, void* stream);
+
+int64_t unroll_scratch_floats(const RuleConfig& config, const UnrollArgs& args);
+int unroll_backward(const RuleConfig& config, const float* meta, const UnrollArgs& args,
+                    Precision precision, void* stream);
+
+}  // namespace fastl2o::cuda

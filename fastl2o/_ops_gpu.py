@@ -1,0 +1,176 @@
+"""GPU implementations of the ops: what each backend takes, and the calls into it.
+
+The dispatcher's CUDA key (NVIDIA, and AMD's ROCm build of torch, which uses the same key) leads
+here. Each op chooses its backend again, because a backward runs in autograd's own thread, where a
+`fastl2o.backend` block of the caller is not in force: there, FASTL2O_BACKEND or "auto" decides.
+Triton is imported by the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .rules import Rule
+
+Named = dict[str, Any]
+
+# What the arguments of the CUDA library's ops hold that the other family alone has.
+_NO_BETAS = (0.0, 0.0)
+_NO_LOG = (False, 1.0, 0.0)
+_LEAST_CAPABILITY = 8
+
+
+def fast() -> bool:
+    """Whether the CUDA kernels may use TF32 products: FASTL2O_PRECISION is "fast"."""
+    value = os.environ.get("FASTL2O_PRECISION") or "exact"
+    if value not in ("exact", "fast"):
+        raise ValueError(f"Invalid FASTL2O_PRECISION: {value!r}; pass one of exact, fast")
+    return value == "fast"
+
+
+def cuda_arguments(rule: Any) -> tuple[Any, ...]:
+    """(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2) of a rule."""
+    sizes = (rule.hidden_size, rule.num_layers)
+    if rule.family == "rnnprop":
+        return (True, *sizes, *_NO_LOG, rule.step_size, rule.beta1, rule.beta2)
+    log_sign = rule.preprocess == "log_sign"
+    return (False, *sizes, log_sign, rule.p, rule.eps, rule.output_scale, *_NO_BETAS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cuda_refuses(rnnprop: bool, hidden_size: int, num_layers: int, device: torch.device) -> str:
+    if not torch.ops.fastl2o_cuda.supported(rnnprop, hidden_size, num_layers):
+        return (
+            f"its kernels do not take hidden_size={hidden_size} with num_layers={num_layers}: use "
+            "the 'triton' backend"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < _LEAST_CAPABILITY:
+        return (
+            f"its kernels need compute capability {_LEAST_CAPABILITY}.0 and {device} has "
+            f"{major}.{minor}: use the 'triton' backend"
+        )
+    return ""
+
+
+def refusal(backend: str, rule: Any, device: torch.device, *, in_place: bool) -> str:
+    """Why a backend that is present does not take this rule on this device, "" if it does.
+
+    `in_place`: whether it is the in-place step, the only op that Triton has a kernel for.
+    """
+    if backend == "triton" and not in_place:
+        return "it has only the in-place step: use the 'cuda' backend"
+    if backend == "cuda" and device.type == "cuda":
+        return _cuda_refuses(
+            rule.family == "rnnprop", rule.hidden_size, rule.num_layers, torch.device(device)
+        )
+    return ""
+
+
+def objections(rule: Any, device: torch.device, *, in_place: bool) -> Callable[[str], str]:
+    """`refusal` as a function of the backend, for `backends.choose`."""
+    return lambda backend: refusal(backend, rule, device, in_place=in_place)
+
+
+def one_dtype(params: Sequence[Tensor], states: Sequence[Tensor]) -> str:
+    """Why the GPU step does not take these lists: each is of one dtype there, "" if it is."""
+    for name, tensors in (("params", params), ("states", states)):
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            return f"its step takes {name} of one dtype in a call, not {names}: call it for each"
+    return ""
+
+
+def _triton_step() -> Any:
+    return import_module("fastl2o.kernels.lstm.step").step_
+
+
+def step_(backend: str, rule: Rule, named: Named) -> None:
+    """The in-place step by "cuda" or "triton"; `named` holds the arguments of the op's schema."""
+    lists = (named["params"], named["grads"], named["states"], named.get("steps", ()))
+    options = [named[name] for name in ("lr", "weight_decay", "maximize", "nonfinite")]
+    scalars = (named["grad_scale"], named["found_inf"])
+    if backend == "triton":
+        _triton_step()(rule, *lists, named["meta"], *options, *scalars)
+        return
+    torch.ops.fastl2o_cuda.step_(
+        *map(list, lists), named["meta"], *cuda_arguments(rule), *options, *scalars, fast()
+    )
+
+
+def step(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
+    """The functional step by "cuda", without derivative."""
+    grad, state, taken, meta = _window_start(named, "grad")
+    return torch.ops.fastl2o_cuda.step(grad, state, taken, meta, *cuda_arguments(rule), fast())
+
+
+def step_backward(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of the functional step, by "cuda"."""
+    upstream = (named["d_update"].contiguous(), named["d_new_state"].contiguous())
+    start = _window_start(named, "grad")
+    return torch.ops.fastl2o_cuda.step_backward(*upstream, *start, *cuda_arguments(rule), fast())
+
+
+def unroll_backward(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
+    """The derivative of a window of steps, by "cuda"."""
+    start = _window_start(named, "grads")
+    rest = (named["loss_weights"], named["steps"])
+    decay = (named["lr"], named["weight_decay"])
+    return torch.ops.fastl2o_cuda.unroll_backward(
+        *start, *rest, *cuda_arguments(rule), *decay, fast()
+    )
+
+
+def _window_start(named: Named, grad: str) -> tuple[Tensor, Tensor, int, Tensor]:
+    return named[grad], named["state"], named.get("step", 0), named["meta"]
+
+
+def interpreted_step_(rule: Rule, *arguments: Any) -> None:
+    """The in-place step by Triton's interpreter; arguments as of the op, without the config."""
+    lists = arguments[: 4 if rule.needs_step else 3]
+    steps = lists[3] if rule.needs_step else ()
+    _triton_step()(rule, *lists[:3], steps, *arguments[len(lists) :])
+
+
+def dispatched(
+    function: Callable[[str, Rule, Named], Any],
+    rule_of: Callable[[Named], Rule],
+    default: Callable[[Named], Any],
+) -> Callable[[Named], Any]:
+    """The CUDA-key implementation of an op: the fastest backend that takes the call.
+
+    Args:
+        function: one of this module, for "cuda" and "triton".
+        rule_of: the rule that an op's arguments describe.
+        default: the op in plain torch.
+    """
+
+    def kernel(named: Named) -> Any:
+        rule, lists = rule_of(named), "params" in named
+        tensors = [named["meta"]] if lists else [v for v in named.values() if _is_tensor(v)]
+        unsupported = ""
+        if lists:
+            unsupported = one_dtype(named["params"], named["states"])
+            tensors += [state for state in named["states"] if state.dtype != torch.bfloat16]
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
+            unsupported = "its kernels take float32 (states also bfloat16): convert the tensors"
+        device = named["meta"].device
+        chosen = backends.choose(
+            device, unsupported, refuses=objections(rule, device, in_place=lists)
+        )
+        return default(named) if chosen == "reference" else function(chosen, rule, named)
+
+    return kernel
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,1 @@
+"""Triton kernels of the coordinate-wise recurrent rules (`LSTMRule`, `RNNPropRule`)."""

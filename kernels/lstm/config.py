@@ -1,0 +1,64 @@
+"""Launch parameters of the in-place step: a pure function of the problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARP = 32
+# Numbers that a thread keeps for the inputs of its coordinates; more than this and registers spill.
+INPUTS_IN_REGISTERS = 160
+# Chunks of a launch: enough to fill any device many times, and a table of 256 KB.
+MAX_CHUNKS = 16_384
+# Programs of a launch whose state is bf16: bounds the scratch for h, 40 KB a program for 2 x 20.
+MAX_SCRATCH_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Launch parameters of the step.
+
+    Attributes:
+        block: coordinates of a tile; a multiple of a warp's threads.
+        warps: warps of a program.
+        chunk: coordinates that a program takes before it looks at its table again; whole tiles.
+        max_programs: limit on programs, or None for one program a chunk.
+    """
+
+    block: int
+    warps: int
+    chunk: int
+    max_programs: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("block", "warps", "chunk"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Invalid {name}: {value}; pass a power of two")
+        if self.block % (self.warps * WARP) or self.chunk % self.block:
+            raise ValueError(
+                f"Invalid block: {self.block}; pass a multiple of {WARP} * warps = "
+                f"{self.warps * WARP} that divides chunk = {self.chunk}"
+            )
+
+
+def step_config(
+    hidden_size: int, num_layers: int, tensors: int, coordinates: int, *, float32_state: bool
+) -> StepConfig:
+    """The parameters for `coordinates` in all over `tensors` tensors.
+
+    A weight is loaded once for all coordinates of a thread, so a thread takes as many (4, 2 or 1)
+    as leave a layer's inputs, its own and the layer's below, in registers. Where tensors are
+    smaller than half such a tile, most of it would be masked: one coordinate a thread. A tensor is
+    one chunk a tile until the table would grow beyond MAX_CHUNKS.
+    """
+    warps = 4
+    lanes = 4 if num_layers else 1
+    while lanes > 1 and 2 * hidden_size * lanes > INPUTS_IN_REGISTERS:
+        lanes //= 2
+    if coordinates < tensors * warps * WARP * lanes // 2:
+        lanes = 1
+    block = warps * WARP * lanes
+    chunk = block
+    while coordinates > chunk * MAX_CHUNKS:
+        chunk *= 2
+    return StepConfig(block, warps, chunk, None if float32_state else MAX_SCRATCH_PROGRAMS)

@@ -1,0 +1,253 @@
+"""Launcher of the in-place Triton step over many tensors.
+
+The tables that the kernels read are built once for a list of tensors and kept while the addresses
+stay the same, so later steps allocate nothing and can be captured in a CUDA graph (capture after
+one step, and step on one stream at a time: the tables' working memory is shared). On CPU tensors
+the kernels run only under Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import step_kernels
+from .config import StepConfig, step_config
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+PASS, SKIP, RAISE = 0, 1, 2
+ADVANCE_BLOCK = 128
+SCAN_BLOCK = 1024
+MAX_PLANS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launches over one list of tensors need; every tensor is on the list's device.
+
+    Attributes:
+        config: launch parameters.
+        tensors: int64 (tensors, 5): addresses of param, grad, state, step counter; coordinates.
+        chunks: int64 (chunks, 2): index of a tensor, first coordinate.
+        corrections: float32 (tensors, 2), RNNprop's 1 / (1 - beta^t) of this step.
+        flags: int32 (tensors,), 1 where a gradient holds NaN or Inf.
+        scratch: float32, h of a tile between layers for each program where the state is bf16.
+        programs: programs of the step's launch.
+    """
+
+    config: StepConfig
+    tensors: Tensor
+    chunks: Tensor
+    corrections: Tensor
+    flags: Tensor
+    scratch: Tensor
+    programs: int
+
+
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+
+
+def high_low(value: float) -> tuple[float, float]:
+    """A float64 number as the sum of two float32 numbers; the second is 0 if it is infinite."""
+    high = float(torch.tensor(value, dtype=torch.float32))
+    return high, value - high if math.isfinite(high) else 0.0
+
+
+def chunk_rows(numels: Sequence[int], chunk: int) -> list[tuple[int, int]]:
+    """(tensor, first coordinate) of every chunk, in order; none for empty tensors."""
+    return [(index, first) for index, n in enumerate(numels) for first in range(0, n, chunk)]
+
+
+def _plan(
+    rule: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> Plan:
+    """The plan of these tensors, from the cache if their addresses are those of an earlier call."""
+    counters = [step.data_ptr() for step in steps] if steps else [0] * len(params)
+    rows = tuple(
+        (param.data_ptr(), grad.data_ptr(), state.data_ptr(), counter, param.numel())
+        for param, grad, state, counter in zip(params, grads, states, counters, strict=True)
+    )
+    device, state_dtype = params[0].device, states[0].dtype
+    key = (rows, device, state_dtype, rule.hidden_size, rule.num_layers)
+    plan = _plans.get(key)
+    if plan is None:
+        numels = [row[-1] for row in rows]
+        float32_state = state_dtype == torch.float32
+        config = step_config(
+            rule.hidden_size,
+            rule.num_layers,
+            len(rows),
+            sum(numels),
+            float32_state=float32_state,
+        )
+        chunks = torch.tensor(chunk_rows(numels, config.chunk), dtype=torch.int64).reshape(-1, 2)
+        programs = min(len(chunks), config.max_programs or len(chunks))
+        between_layers = rule.num_layers > 1 and not float32_state
+        plan = Plan(
+            config,
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            chunks.to(device),
+            torch.zeros((len(rows), 2), dtype=torch.float32, device=device),
+            torch.zeros(len(rows), dtype=torch.int32, device=device),
+            torch.zeros(
+                programs * rule.hidden_size * config.block if between_layers else 1,
+                dtype=torch.float32,
+                device=device,
+            ),
+            programs,
+        )
+        _plans[key] = plan
+        if len(_plans) > MAX_PLANS:
+            _plans.popitem(last=False)
+    _plans.move_to_end(key)
+    return plan
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    meta: Tensor,
+) -> None:
+    device = params[0].device
+    if params[0].dtype not in DTYPES or states[0].dtype not in STATE_DTYPES:
+        raise TypeError(
+            f"expected float32, float64, bfloat16 or float16 parameters and float32 or bfloat16 "
+            f"states, got {params[0].dtype} and {states[0].dtype}; use another backend"
+        )
+    groups = (("params", params), ("grads", grads), ("states", states), ("steps", steps))
+    for name, tensors in groups:
+        dtype = {"states": states[0].dtype, "steps": torch.float32}.get(name, params[0].dtype)
+        for index, tensor in enumerate(tensors):
+            if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}[{index}]: expected contiguous {dtype} on {device}, got {tensor.dtype} "
+                    f"with strides {tensor.stride()} on {tensor.device}; group tensors by dtype "
+                    "and device"
+                )
+    if meta.dtype != torch.float32 or meta.device != device or not meta.is_contiguous():
+        raise ValueError(
+            f"meta: expected contiguous float32 on {device}, got {meta.dtype} on {meta.device}"
+        )
+
+
+def step_(
+    rule: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    meta: Tensor,
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    nonfinite_mode: int,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """theta <- (1 - lr weight_decay) theta + lr u for every tensor of the lists, in place.
+
+    One launch, two for RNNprop, whose counters another one advances, and one more to look for
+    non-finite gradients.
+
+    Args:
+        rule: an LSTMRule or RNNPropRule; only its constants are read.
+        params, grads: float32, float64, bfloat16 or float16, all of one dtype, contiguous.
+        states: `(S, *param.shape)` each, float32 or bfloat16, all of one dtype.
+        steps: RNNprop: steps taken before, 0-dim float32 on the device, advanced by one.
+            LSTM rule: empty.
+        meta: flat meta-parameters `(M,)`, float32.
+        lr, weight_decay: factor on the update, and decay per unit of lr.
+        maximize: the rule sees the negative gradient.
+        nonfinite_mode: PASS gives NaN and Inf to the rule; SKIP leaves a tensor whose gradient
+            holds any; RAISE leaves everything and raises, at the cost of one read by the host.
+        grad_scale: one float32 number on the device, or None: the rule sees grad / grad_scale, and
+            that is written to grads.
+        found_inf: one float32 number on the device, or None: if it is not 0, nothing is changed.
+
+    Raises:
+        RuntimeError: RAISE, and a gradient holds NaN or Inf.
+        TypeError, ValueError: dtypes, devices or layouts other than listed. Nothing was changed.
+    """
+    if not params:
+        return
+    _check(params, grads, states, steps, meta)
+    plan = _plan(rule, params, grads, states, steps)
+    has_found_inf = found_inf is not None
+    found = plan.corrections if found_inf is None else found_inf
+    dtypes = {"PARAM": DTYPES[params[0].dtype]}
+    with torch.cuda.device_of(params[0]):
+        if nonfinite_mode != PASS:
+            plan.flags.zero_()
+            if len(plan.chunks):
+                step_kernels.find_nonfinite[(len(plan.chunks),)](
+                    plan.tensors, plan.chunks, plan.flags, found, len(plan.chunks),
+                    plan.config.chunk, BLOCK=SCAN_BLOCK, HAS_FOUND_INF=has_found_inf, **dtypes,
+                )  # fmt: skip
+        if nonfinite_mode == RAISE:
+            flags = plan.flags.tolist()
+            if any(flags):
+                from fastl2o._ops_reference import nonfinite_message
+
+                raise RuntimeError(nonfinite_message(flags.index(1)))
+        flagged = {"HAS_FOUND_INF": has_found_inf, "HAS_FLAGS": nonfinite_mode == SKIP}
+        if steps:
+            logs = [
+                part
+                for beta in (rule.beta1, rule.beta2)
+                for part in high_low(math.log(beta) if beta else -math.inf)
+            ]
+            step_kernels.advance[(triton.cdiv(len(params), ADVANCE_BLOCK),)](
+                plan.tensors, plan.corrections, found, plan.flags, len(params), *logs,
+                BLOCK=ADVANCE_BLOCK, **flagged,
+            )  # fmt: skip
+        if plan.programs:
+            scale = plan.corrections if grad_scale is None else grad_scale
+            step_kernels.step[(plan.programs,)](
+                plan.tensors, plan.chunks, plan.corrections, meta, plan.scratch, scale, found,
+                plan.flags, len(plan.chunks), plan.programs, plan.config.chunk,
+                -1.0 if maximize else 1.0, *high_low(1.0 - lr * weight_decay), *high_low(lr),
+                *scalars(rule), STATE=DTYPES[states[0].dtype], BLOCK=plan.config.block,
+                HAS_SCALE=grad_scale is not None, num_warps=plan.config.warps,
+                enable_fp_fusion=True, **dtypes, **flagged, **constants(rule),
+            )  # fmt: skip
+
+
+def constants(rule: Any) -> dict[str, Any]:
+    """The rule's architecture as compile-time constants of the step kernel."""
+    rnnprop = rule.family == "rnnprop"
+    return {
+        "RNNPROP": rnnprop,
+        "LOG_SIGN": not rnnprop and rule.preprocess == "log_sign",
+        "LAYERS": rule.num_layers,
+        "H": rule.hidden_size,
+    }
+
+
+def scalars(rule: Any) -> tuple[float, ...]:
+    """scale, p, eps, e^p, beta1, beta2, 1 - beta1, 1 - beta2, as far as the family has them."""
+    if rule.family == "rnnprop":
+        return (
+            *(rule.step_size, 1.0, 0.0, 1.0),
+            *(rule.beta1, rule.beta2, 1.0 - rule.beta1, 1.0 - rule.beta2),
+        )
+    return (rule.output_scale, rule.p, rule.eps, math.exp(rule.p), 0.0, 0.0, 1.0, 1.0)
