@@ -103,8 +103,21 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize("architecture", gpu_common.ARCHITECTURES)
-def test_compiles_without_spills(architecture: int) -> None:
-    found = gpu_common.resources(compiled("lstm-20x2", architecture, 512), architecture)
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("lstm-20x2", torch.float32),
+        ("rnnprop-20x2", torch.float32),
+        ("rnnprop-20x2", torch.bfloat16),
+    ],
+)
+def test_compiles_without_spills(name: str, state: torch.dtype, architecture: int) -> None:
+    from kernels.lstm.config import step_config
+
+    config = step_config(
+        20, 2, 1, 10**6, float32_state=state == torch.float32, rnnprop=name.startswith("rnnprop")
+    )
+    found = gpu_common.resources(compiled(name, architecture, config.block, state), architecture)
     assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0)
     # Two programs of four warps share a multiprocessor up to 255 registers a thread.
     assert found.registers <= 255
@@ -138,6 +151,7 @@ def test_config_is_a_function_of_the_problem() -> None:
     from kernels.lstm.config import MAX_CHUNKS, StepConfig, step_config
 
     assert step_config(20, 2, 1, 10**6, float32_state=True) == StepConfig(512, 4, 512, None)
+    assert step_config(20, 2, 1, 10**6, float32_state=True, rnnprop=True).block == 256
     assert step_config(40, 2, 1, 10**6, float32_state=True).block == 256
     assert step_config(64, 3, 1, 10**6, float32_state=True).block == 128
     assert step_config(20, 2, 10_000, 10**6, float32_state=True).block == 128

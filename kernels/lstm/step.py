@@ -86,7 +86,8 @@ def _plan(
         for param, grad, state, counter in zip(params, grads, states, counters, strict=True)
     )
     device, state_dtype = params[0].device, states[0].dtype
-    key = (rows, device, state_dtype, rule.hidden_size, rule.num_layers)
+    rnnprop = rule.family == "rnnprop"
+    key = (rows, device, state_dtype, rule.hidden_size, rule.num_layers, rnnprop)
     plan = _plans.get(key)
     if plan is None:
         numels = [row[-1] for row in rows]
@@ -97,6 +98,7 @@ def _plan(
             len(rows),
             sum(numels),
             float32_state=float32_state,
+            rnnprop=rnnprop,
         )
         chunks = torch.tensor(chunk_rows(numels, config.chunk), dtype=torch.int64).reshape(-1, 2)
         programs = min(len(chunks), config.max_programs or len(chunks))
