@@ -54,9 +54,9 @@ def step_config(
 
     A weight is loaded once for all coordinates of a thread, so a thread takes as many (4, 2 or 1)
     as leave a layer's inputs, its own and the layer's below, in registers; RNNprop, which projects
-    its features first, spilled with 4 of 20 units (148 to 280 bytes on sm_90 and sm_100). Where tensors are
-    smaller than half such a tile, most of it would be masked: one coordinate a thread. A tensor is
-    one chunk a tile until the table would grow beyond MAX_CHUNKS.
+    its features first, spilled with 4 of 20 units (148 to 280 bytes on sm_90 and sm_100). Where
+    tensors are smaller than half such a tile, most of it would be masked: one coordinate a thread.
+    A tensor is one chunk a tile until the table would grow beyond MAX_CHUNKS.
     """
     warps = 4
     lanes = (2 if rnnprop else 4) if num_layers else 1
