@@ -49,14 +49,14 @@ def cuda_arguments(rule: Any) -> tuple[Any, ...]:
 def _cuda_refuses(rnnprop: bool, hidden_size: int, num_layers: int, device: torch.device) -> str:
     if not torch.ops.fastl2o_cuda.supported(rnnprop, hidden_size, num_layers):
         return (
-            f"its kernels do not take hidden_size={hidden_size} with num_layers={num_layers}: use "
-            "the 'triton' backend"
+            f"its kernels do not take hidden_size={hidden_size} with num_layers={num_layers} "
+            "('triton' has the in-place step for every size)"
         )
     major, minor = torch.cuda.get_device_capability(device)
     if major < _LEAST_CAPABILITY:
         return (
             f"its kernels need compute capability {_LEAST_CAPABILITY}.0 and {device} has "
-            f"{major}.{minor}: use the 'triton' backend"
+            f"{major}.{minor} ('triton' has the in-place step there)"
         )
     return ""
 
@@ -67,7 +67,7 @@ def refusal(backend: str, rule: Any, device: torch.device, *, in_place: bool) ->
     `in_place`: whether it is the in-place step, the only op that Triton has a kernel for.
     """
     if backend == "triton" and not in_place:
-        return "it has only the in-place step: use the 'cuda' backend"
+        return "it has only the in-place step ('cuda' has all ops, for 20 units in two layers)"
     if backend == "cuda" and device.type == "cuda":
         return _cuda_refuses(
             rule.family == "rnnprop", rule.hidden_size, rule.num_layers, torch.device(device)

@@ -50,28 +50,38 @@ def emulator() -> ModuleType:
     return ptxemu
 
 
-@functools.cache
-def module() -> Any:
-    """step.cu as PTX for compute capability 8.0, which later devices also run."""
-    source = str(ROOT / "csrc/cuda/step.cu")
+def compile_kernels(source: str) -> Any:
+    """A file of csrc/cuda as PTX for compute capability 8.0, which later devices also run."""
     flags = ["-O3", "-std=c++17", "-Werror", "all-warnings"]
     with warnings.catch_warnings():
         # The emulator leaves the closing of its files to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
-        return emulator().compile_cuda(source, arch="sm_80", flags=flags, include_dirs=INCLUDES)
+        return emulator().compile_cuda(
+            str(ROOT / "csrc/cuda" / source), arch="sm_80", flags=flags, include_dirs=INCLUDES
+        )
+
+
+def compile_host(source: str) -> ctypes.CDLL:
+    """A file of tests, with the host's planning behind C functions."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "plan.so"
+        includes = [f"-I{folder}" for folder in INCLUDES]
+        flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        command = ["g++", *flags, *includes, str(ROOT / "tests" / source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def module() -> Any:
+    """The step kernels."""
+    return compile_kernels("step.cu")
 
 
 @functools.cache
 def host() -> ctypes.CDLL:
-    """The host's planning."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        source = ROOT / "tests/cuda_step_plan.cpp"
-        includes = [f"-I{folder}" for folder in INCLUDES]
-        flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        command = ["g++", *flags, *includes, str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(library))
+    """The host's planning of a step."""
+    return compile_host("cuda_step_plan.cpp")
 
 
 class _Tensor(ctypes.Structure):
@@ -93,7 +103,8 @@ def address(tensor: Tensor | None) -> int:
     return int(emulator().DevicePtr(tensor))
 
 
-def _rule_arguments(rule: Rule) -> tuple[Any, ...]:
+def rule_arguments(rule: Rule) -> tuple[Any, ...]:
+    """Family, preprocessing and constants as the planning takes them."""
     config = rule.config()
     names = ("p", "eps", "output_scale", "beta1", "beta2", "step_size")
     defaults = (10.0, 0.0, 0.1, 0.95, 0.95, 0.1)
@@ -147,7 +158,7 @@ def functional_step(
     arguments = ctypes.create_string_buffer(host().args_bytes())
     pointers = (ctypes.c_uint64(address(part)) for part in (grad, state, update, new_state))
     host().plan_functional(
-        *_rule_arguments(rule),
+        *rule_arguments(rule),
         ctypes.c_uint64(address(meta)),
         ctypes.c_int64(grad.numel()),
         ctypes.c_double(step),
@@ -189,7 +200,7 @@ def step_(
     arguments = ctypes.create_string_buffer(size * MOST_LAUNCHES)
     launches = (_Launch * MOST_LAUNCHES)()
     made = host().plan(
-        *_rule_arguments(rule),
+        *rule_arguments(rule),
         ctypes.c_uint64(address(meta)),
         table,
         ctypes.c_int64(len(params)),

@@ -1,6 +1,7 @@
 // Lets tests/test_cuda_step.py call the host side of the CUDA step, compiled without CUDA.
 #include <cstring>
 
+#include "cuda_plan.h"
 #include "step_layout.h"
 #include "step_plan.h"
 
@@ -11,19 +12,6 @@ struct Launch {
   int64_t tiles;
   int32_t first_tensor, tensors, counters, unused;
 };
-
-RuleConfig make_config(int rnnprop, int log_sign, const double* constants) {
-  RuleConfig config;
-  config.family = rnnprop ? Family::rnnprop : Family::lstm;
-  config.log_sign = log_sign;
-  config.p = constants[0];
-  config.eps = float(constants[1]);
-  config.output_scale = float(constants[2]);
-  config.beta1 = constants[3];
-  config.beta2 = constants[4];
-  config.step_size = float(constants[5]);
-  return config;
-}
 }  // namespace
 
 extern "C" {

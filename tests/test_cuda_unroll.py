@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,30 +32,16 @@ over_families = pytest.mark.parametrize("case", FAMILIES, ids=str)
 
 @functools.cache
 def module() -> Any:
-    """unroll.cu as PTX for compute capability 8.0, which later devices also run."""
-    source = str(cuda_step.ROOT / "csrc/cuda/unroll.cu")
-    flags = ["-O3", "-std=c++17", "-Werror", "all-warnings"]
-    with warnings.catch_warnings():
-        # The emulator leaves the closing of its files to the garbage collector.
-        warnings.simplefilter("ignore", ResourceWarning)
-        return cuda_step.emulator().compile_cuda(
-            source, arch="sm_80", flags=flags, include_dirs=cuda_step.INCLUDES
-        )
+    """The kernels of the window backward."""
+    return cuda_step.compile_kernels("unroll.cu")
 
 
 @functools.cache
 def host() -> ctypes.CDLL:
-    """The host's planning."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        source = cuda_step.ROOT / "tests/cuda_unroll_plan.cpp"
-        includes = [f"-I{folder}" for folder in cuda_step.INCLUDES]
-        flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        command = ["g++", *flags, *includes, str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        loaded = ctypes.CDLL(str(library))
-        loaded.window_partials.restype = loaded.replay_floats.restype = ctypes.c_int64
-        return loaded
+    """The host's planning of a window."""
+    loaded = cuda_step.compile_host("cuda_unroll_plan.cpp")
+    loaded.window_partials.restype = loaded.replay_floats.restype = ctypes.c_int64
+    return loaded
 
 
 class Result(NamedTuple):
@@ -69,16 +51,6 @@ class Result(NamedTuple):
     d_state: Tensor  # (S, R, D)
     d_grads: Tensor | None  # (T, R, D)
     counts: Any
-
-
-def rule_arguments(rule: Rule) -> tuple[Any, ...]:
-    """Family, preprocessing and constants as the planning takes them."""
-    config = rule.config()
-    names = ("p", "eps", "output_scale", "beta1", "beta2", "step_size")
-    defaults = (10.0, 0.0, 0.1, 0.95, 0.95, 0.1)
-    constants = [config.get(name, default) for name, default in zip(names, defaults, strict=True)]
-    log_sign = config.get("preprocess", "log_sign") == "log_sign"
-    return rule.family == "rnnprop", log_sign, (ctypes.c_double * 6)(*constants)
 
 
 def unroll_backward(
@@ -107,7 +79,7 @@ def unroll_backward(
     )
     arguments = ctypes.create_string_buffer(host().window_args_bytes())
     host().plan_window(
-        *rule_arguments(rule),
+        *cuda_step.rule_arguments(rule),
         (ctypes.c_int64 * 4)(window.steps, rows, runs, dim),
         ctypes.c_double(window.step),
         ctypes.c_double(lr),
