@@ -4,6 +4,7 @@ from . import tasks
 from .checkpoint import CheckpointError
 from .estimators import MetaGradient, TruncatedBPTT, unroll_gradient
 from .imitation import Imitation
+from .optimizers import MuonAdam
 from .schedules import Curriculum, LRSchedule
 from .trainer import FitResult, MetaTrainer
 from .unroll import Progress, Window, run_window, start
@@ -17,6 +18,7 @@ __all__ = [
     "LRSchedule",
     "MetaGradient",
     "MetaTrainer",
+    "MuonAdam",
     "Progress",
     "TruncatedBPTT",
     "Validation",

@@ -18,15 +18,26 @@ def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 
 def check_number(
-    name: str, value: object, *, minimum: float, exclusive: bool = False, integer: bool = False
+    name: str,
+    value: object,
+    *,
+    minimum: float,
+    exclusive: bool = False,
+    integer: bool = False,
+    below: float = float("inf"),
 ) -> None:
-    """Refuse ``value`` unless it is a finite number (or int) at or above ``minimum``."""
+    """Refuse ``value`` unless it is a finite number (or int) from ``minimum`` to before ``below``.
+
+    ``exclusive`` refuses ``minimum`` itself too.
+    """
     kinds: tuple[type, ...] = (int,) if integer else (int, float)
     kind = "an int" if integer else "a finite number"
     bound = f"above {minimum}" if exclusive else f"of at least {minimum}"
+    if below != float("inf"):
+        bound += f" and below {below}"
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {kind} {bound}, got {value!r}")
     number = float(value)  # type: ignore[arg-type]
     inside = minimum < number if exclusive else minimum <= number
-    if not inside or number == float("inf"):
+    if not inside or not number < below:
         raise ValueError(f"{name} must be {kind} {bound}, got {value!r}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ._checks import check_number
+from .optimizers import MuonAdam
 from .tasks import MLPClassification, Quadratic, Task
 
 __all__ = ["OPTIMIZERS", "TASKS", "RecipeError", "check_recipe", "naming"]
@@ -51,6 +52,15 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Keys]] = {
         torch.optim.AdamW,
         {"lr": (int, float), "betas": (list,), "eps": (int, float), "weight_decay": (int, float)},
     ),
+    "muon_adam": (
+        MuonAdam,
+        {
+            "lr": (int, float),
+            "momentum": (int, float),
+            "adam_lr": (int, float),
+            "betas": (list,),
+        },
+    ),
     "sgd": (torch.optim.SGD, {"lr": (int, float), "momentum": (int, float)}),
 }
 _SCHEDULE_KEYS: Keys = {
@@ -70,6 +80,7 @@ _TRAINER_KEYS: Keys = {
     "runs": (int,),
     "groups": (int,),
     "clip_grad": (int, float),
+    "average": (int, float),
     "divergence": (int, float),
 }
 _VALIDATION_KEYS: Keys = {

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ._checks import check_number
@@ -21,6 +21,7 @@ from ._log import TrainingLog
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .estimators import MetaGradient, TruncatedBPTT
 from .imitation import Imitation
+from .optimizers import settings, twin
 from .schedules import Horizon, LRSchedule, as_horizon, longest
 from .tasks import Task
 from .validation import Validation
@@ -72,6 +73,8 @@ class MetaTrainer:
         groups: batches of runs in flight, one window each in turn; more of them make successive
             updates less alike.
         clip_grad: largest 2-norm of the meta-gradient; None for no limit.
+        average: decay, in [0, 1), of an exponential moving average of the meta-parameters; then
+            validation scores the average and ``best_rule`` is one. None for no averaging.
         schedule: factor on the optimizer's rates by outer step, such as
             ``LRSchedule("cosine", total=1000)``.
         task_weights: relative frequency of each task.
@@ -107,6 +110,7 @@ class MetaTrainer:
         runs: int = 8,
         groups: int = 1,
         clip_grad: float | None = None,
+        average: float | None = None,
         schedule: LRSchedule | Callable[[int], float] | None = None,
         task_weights: Sequence[float] | None = None,
         validation: Validation | None = None,
@@ -123,6 +127,8 @@ class MetaTrainer:
         for name, limit in (("clip_grad", clip_grad), ("divergence", divergence)):
             if limit is not None:
                 check_number(name, limit, minimum=0, exclusive=True)
+        if average is not None:
+            check_number("average", average, minimum=0, below=1)
         check_number("seed", seed, minimum=0, integer=True)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.horizon: Horizon = as_horizon(horizon)
@@ -136,13 +142,16 @@ class MetaTrainer:
         for group in optimizer.param_groups:
             check_number("the optimizer's lr", float(group["lr"]), minimum=0)
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
-        self.seed, self.divergence = seed, divergence
+        self.seed, self.divergence, self.average = seed, divergence, average
+        self._averaged = None
+        if average is not None:
+            self._averaged = AveragedModel(rule, multi_avg_fn=get_ema_multi_avg_fn(average))
         self.validation, self.imitation = validation, imitation
         self.progress, self.checkpoint_every = progress, checkpoint_every
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         # Imitation steps by a twin of the optimizer, so that its moments stay apart.
-        self._optimizers = [optimizer] if imitation is None else [optimizer, _twin(optimizer)]
-        self._settings = [_settings(group) for group in optimizer.param_groups]
+        self._optimizers = [optimizer] if imitation is None else [optimizer, twin(optimizer)]
+        self._settings = [settings(group) for group in optimizer.param_groups]
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._dtype = next(rule.parameters()).dtype
         weights = check_weights(task_weights, len(self.tasks))
@@ -160,14 +169,22 @@ class MetaTrainer:
 
     @property
     def best_rule(self) -> Rule:
-        """A copy of the rule at its best validation so far, or as it is where none was made."""
+        """A copy of the rule at its best validation so far, or as it is where none was made.
+
+        With ``average``, of the averaged rule.
+        """
         from ..rules import from_config
 
         best = from_config(self.rule.family, self.rule.config()).to(self._dtype)
         best.load_state_dict(
-            self.rule.state_dict() if self._best_parameters is None else self._best_parameters
+            self._candidate.state_dict() if self._best_parameters is None else self._best_parameters
         )
         return best
+
+    @property
+    def _candidate(self) -> Rule:
+        """What is validated: the average of the rule where one is kept, or else the rule."""
+        return self.rule if self._averaged is None else cast("Rule", self._averaged.module)
 
     def fit(self, outer_steps: int) -> FitResult:
         """Train until ``outer_steps`` outer steps are done, counted from the start of training.
@@ -278,6 +295,8 @@ class MetaTrainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if all(bool(torch.isfinite(value).all()) for value in self.rule.parameters()):
+            if self._averaged is not None:
+                self._averaged.update_parameters(self.rule)
             return True
         with torch.no_grad():
             for name, parameter in self.rule.named_parameters():
@@ -287,13 +306,12 @@ class MetaTrainer:
     def _validate(self) -> float | None:
         if self.validation is None or self.outer_step % self.validation.every != 0:
             return None
-        score = self.validation.score(self.rule, self.tasks, longest(self.horizon), self._dtype)
+        rule = self._candidate
+        score = self.validation.score(rule, self.tasks, longest(self.horizon), self._dtype)
         self.last_score = score
         if score < self.best_score:
             self.best_score, self.best_step = score, self.outer_step
-            self._best_parameters = {
-                k: v.detach().clone() for k, v in self.rule.state_dict().items()
-            }
+            self._best_parameters = {k: v.detach().clone() for k, v in rule.state_dict().items()}
         return score
 
     def fingerprint(self) -> dict[str, Any]:
@@ -311,6 +329,7 @@ class MetaTrainer:
             "runs": self._starter.runs,
             "groups": len(self._groups),
             "clip_grad": self.clip_grad,
+            "average": self.average,
             "divergence": self.divergence,
             "schedule": repr(self.schedule) if known else "function",
             "validation": None if self.validation is None else self.validation.config(),
@@ -323,6 +342,7 @@ class MetaTrainer:
         return {
             "fingerprint": json.dumps(self.fingerprint()),
             "rule": self.rule.state_dict(),
+            "averaged": None if self._averaged is None else self._averaged.state_dict(),
             "best": self._best_parameters,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
@@ -349,6 +369,8 @@ class MetaTrainer:
                 "schedule ends at its last outer step, so that number cannot be changed either"
             )
         self.rule.load_state_dict(state["rule"])
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state["averaged"])
         self._best_parameters = state["best"]
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -372,17 +394,3 @@ class MetaTrainer:
                     f"({error!r}); delete the directory to start over, or choose another"
                 ) from error
         self._log.open_at(self.outer_step)
-
-
-def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """An optimizer of the same settings over the same parameters, with a state of its own."""
-    twin = copy.deepcopy(optimizer)
-    twin.state.clear()
-    for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
-        group["params"] = list(original["params"])
-    return twin
-
-
-def _settings(param_group: dict[str, Any]) -> dict[str, str]:
-    """A parameter group's settings as text: what must agree when a training is continued."""
-    return {key: repr(value) for key, value in param_group.items() if key != "params"}
