@@ -248,7 +248,7 @@ def evaluate(
 
 def _parse_widths(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(width) for width in text.split(",") if width)
+        return tuple(int(width) for width in text.split(","))
     except ValueError:
         raise ValueError(f"--hidden takes widths such as 20 or 20,20; got {text!r}") from None
 

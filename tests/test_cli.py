@@ -128,6 +128,7 @@ def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
         (["--hidden", "20"], "--task quadratic has no use for --hidden"),
         (["--task", "digits", "--data", "x.npz", "--dim", "3"], "--data, --dim"),
         (["--task", "digits", "--hidden", "many"], "--hidden takes widths"),
+        (["--task", "digits", "--hidden", ","], "--hidden takes widths"),
         (["--criterion", "best"], "criterion must be 'sum' or 'final'"),
         (["--step", "101"], r"steps must lie in 0\.\.100"),
         (["--task", "mnist", "--data", "/nowhere/mnist.npz"], "/nowhere/mnist.npz"),

@@ -145,7 +145,7 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
         ("unroll = 3", 'unroll = "3"', "estimator.unroll must be an integer, got '3'"),
         ('kind = "mlp"', 'kind = "cnn"', r"tasks\[1\].kind must be one of quadratic, mlp"),
         ("dim = 3", "hidden = [3]", r"unknown key 'tasks\[0\].hidden'"),
-        ('name = "adamw"', 'name = "lion"', "optimizer.name must be one of adam, adamw, muon_adam, sgd"),
+        ('name = "adamw"', 'name = "lion"', "optimizer.name must be one of adam, "),
         ("betas = [0.9, 0.99]", "momentum = 0.9", "unknown key 'optimizer.momentum'"),
         ("runs = 2\nclip", 'runs = "2"\nclip', "trainer.runs must be an integer"),
         ("betas = [0.9, 0.99]", "betas = [0.9]", "optimizer.betas must be a list of two"),

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "check_num_runs", "check_number"]
+from typing import Any
+
+__all__ = ["check_choice", "check_num_runs", "check_number", "check_type"]
+
+
+def check_type(name: str, value: object, accepted: Any, example: str) -> None:
+    """Refuse ``value`` unless it is an ``accepted``, with an example of one."""
+    if not isinstance(value, accepted):
+        raise TypeError(
+            f"{name} must be of type {accepted.__name__}, such as {example}; got {value!r}"
+        )
 
 
 def check_num_runs(num_runs: int) -> None:

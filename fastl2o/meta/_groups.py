@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_number
+from ._checks import check_number, check_type
 from .imitation import Imitation
 from .schedules import Horizon, draw_horizon
 from .tasks import Task
@@ -126,9 +126,9 @@ def check_weights(weights: Sequence[float] | None, count: int) -> Tensor:
     """Relative frequencies ``(count,)``, equal by default."""
     if weights is None:
         return torch.ones(count)
-    if len(weights) != count:
+    if not isinstance(weights, Sequence) or len(weights) != count:
         raise ValueError(
-            f"task_weights must hold one number for each of {count} tasks, got {list(weights)!r}"
+            f"task_weights must hold one number for each of {count} tasks, got {weights!r}"
         )
     for weight in weights:
         check_number("task_weights", weight, minimum=0, exclusive=True)
@@ -136,10 +136,13 @@ def check_weights(weights: Sequence[float] | None, count: int) -> Tensor:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
-    """Refuse an optimizer of other parameters than the rule's, or of only some of them."""
+    """Refuse an optimizer that cannot train the rule: other parameters, or impossible rates."""
+    example = "torch.optim.Adam(rule.parameters(), lr=1e-3)"
+    check_type("optimizer", optimizer, torch.optim.Optimizer, example)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held != {id(p) for p in rule.parameters()}:
-        raise ValueError(
-            "optimizer must hold exactly rule.parameters(); "
-            "build it as torch.optim.Adam(rule.parameters(), lr=...)"
-        )
+        raise ValueError(f"optimizer must hold exactly rule.parameters(); build it as {example}")
+    if not any(parameter.requires_grad for parameter in rule.parameters()):
+        raise ValueError("every parameter of rule has requires_grad=False; leave some trainable")
+    for group in optimizer.param_groups:
+        check_number("the optimizer's lr", float(group["lr"]), minimum=0)

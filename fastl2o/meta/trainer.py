@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ._checks import check_number
+from ._checks import check_number, check_type
 from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
 from ._log import TrainingLog
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -120,6 +120,7 @@ class MetaTrainer:
         checkpoint_every: int = 500,
         progress: bool | None = None,
     ) -> None:
+        check_type("rule", rule, nn.Module, "fastl2o.LSTMRule()")
         self.rule, self.tasks = rule, check_tasks(tasks)
         counts = {"runs": runs, "groups": groups, "checkpoint_every": checkpoint_every}
         for name, count in counts.items():
@@ -135,12 +136,12 @@ class MetaTrainer:
         if optimizer is None:
             optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
         check_optimizer(optimizer, rule)
-        if not any(parameter.requires_grad for parameter in rule.parameters()):
-            raise ValueError(
-                "every parameter of rule has requires_grad=False; leave some trainable"
-            )
-        for group in optimizer.param_groups:
-            check_number("the optimizer's lr", float(group["lr"]), minimum=0)
+        if validation is not None:
+            check_type("validation", validation, Validation, "Validation(every=100)")
+        if imitation is not None:
+            check_type("imitation", imitation, Imitation, "Imitation(probability=0.3)")
+        if schedule is not None:
+            check_type("schedule", schedule, Callable, 'LRSchedule("cosine", total=1000)')
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.seed, self.divergence, self.average = seed, divergence, average
         self._averaged = None
