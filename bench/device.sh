@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Settles on a machine with an NVIDIA GPU what the counts only predict, in one call:
-#   bench/device.sh            environment, build (both GPU backends), tests, step benchmarks
+#   bench/device.sh            environment, build (both GPU backends), tests, timings
 # Results go to $OUT, default bench/reports/device. PYTHON and VENV are as in the Makefile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ for name in ("cuda", "triton"):
 failed=0
 "$python" -m pytest -q 2>&1 | tee "$OUT/tests.log" || failed=1
 for backend in cuda triton reference; do
-  FASTL2O_BACKEND=$backend "$python" bench/device_step.py --json "$OUT/step_$backend.json" |
-    tee "$OUT/step_$backend.txt" || failed=1
+  FASTL2O_BACKEND=$backend "$python" bench/device.py --json "$OUT/times_$backend.json" |
+    tee "$OUT/times_$backend.txt" || failed=1
 done
 exit "$failed"
