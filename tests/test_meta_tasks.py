@@ -14,9 +14,17 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastl2o.meta.tasks import (
     DATA_VARIABLE,
+    BenchmarkFunction,
+    Bowl,
+    LogObjective,
     MLPClassification,
+    Norm,
     Quadratic,
+    RandomMLP,
     RandomScaling,
+    Rescaled,
+    SoftmaxRegression,
+    SumOf,
     Task,
     TaskRun,
     WithConvex,
@@ -43,6 +51,14 @@ TASKS = {
     "scaled": RandomScaling(Quadratic(dim=4, init_scale=1.0), bound=2.0),
     "convex": WithConvex(Quadratic(dim=3), num=5, bound=1.0),
     "rnnprop": WithConvex(RandomScaling(small_mlp(), 3.0), num=4, bound=1.0),
+    "function": BenchmarkFunction("styblinski_tang"),
+    "bowl": Bowl(condition=5.0, angle=45.0),
+    "norm": Norm(dim=4, p=2.5),
+    "softmax": SoftmaxRegression(features=4, batch_size=9, points=50),
+    "random-mlp": RandomMLP(features=3, hidden=(4, 3), batch_size=9, points=50),
+    "log": LogObjective(Bowl()),
+    "rescaled": Rescaled(Norm(dim=3, p=1.5), factor=8.0),
+    "sum": SumOf([RandomMLP(3, (4,), points=20), Quadratic(dim=3), SoftmaxRegression(2, points=9)]),
 }
 over_tasks = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 

@@ -2,18 +2,33 @@
 
 from ._base import Batch, Task, TaskRun
 from ._data import DATA_VARIABLE, find_mnist
+from ._ensemble import ensemble
+from ._functions import BenchmarkFunction, Bowl, Norm
 from ._mlp import MLPClassification
+from ._objectives import GradientNoise, LogObjective, Rescaled, SparseGradients, SumOf
 from ._quadratic import Quadratic
+from ._synthetic import RandomMLP, SoftmaxRegression
 from ._transforms import RandomScaling, WithConvex
 
 __all__ = [
     "DATA_VARIABLE",
     "Batch",
+    "BenchmarkFunction",
+    "Bowl",
+    "GradientNoise",
+    "LogObjective",
     "MLPClassification",
+    "Norm",
     "Quadratic",
+    "RandomMLP",
     "RandomScaling",
+    "Rescaled",
+    "SoftmaxRegression",
+    "SparseGradients",
+    "SumOf",
     "Task",
     "TaskRun",
     "WithConvex",
+    "ensemble",
     "find_mnist",
 ]

@@ -10,10 +10,10 @@ from torch import Tensor
 from .._checks import check_num_runs, check_number
 from ._base import Batch, Task, TaskRun, fork_generator
 
-__all__ = ["RandomScaling", "WithConvex"]
+__all__ = ["RandomScaling", "WithConvex", "WrappedRun", "check_task"]
 
 
-class _WrappedRun(TaskRun):
+class WrappedRun(TaskRun):
     """A run around another: its batches are the inner run's, its state holds the inner one's."""
 
     def __init__(
@@ -36,7 +36,7 @@ class _WrappedRun(TaskRun):
         self.inner.load_state_dict(state["inner"])
 
 
-class _ScaledRun(_WrappedRun):
+class _ScaledRun(WrappedRun):
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params * self.tensors["scale"], batch)
 
@@ -86,7 +86,7 @@ class RandomScaling(Task):
 _CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
 
 
-class _ConvexRun(_WrappedRun):
+class _ConvexRun(WrappedRun):
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         dim = self.inner.dim
         scale, centre = self.tensors["scale"], self.tensors["centre"]

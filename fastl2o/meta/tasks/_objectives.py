@@ -1,0 +1,275 @@
+"""Tasks made from tasks: noise and gaps in gradients, other scales, logarithms, sums.
+
+The transforms of the ensemble of Wichrowska et al. 2017 (arXiv 1703.04813).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_number
+from ._base import Batch, Task, TaskRun, fork_generator
+from ._transforms import WrappedRun, check_task
+
+__all__ = ["GradientNoise", "LogObjective", "Rescaled", "SparseGradients", "SumOf"]
+
+# log(f + this), so that a loss of zero has a logarithm.
+_LOG_FLOOR = 1e-6
+
+
+class _ChangedGradientRun(WrappedRun):
+    """What changes the gradient is drawn with the batch: the same batch gives the same gradient."""
+
+    def __init__(self, inner: TaskRun, amount: float, generator: torch.Generator) -> None:
+        super().__init__(inner, {"params": inner.params}, generator)
+        self.amount = amount
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        return self.inner.losses(params, batch[1:])
+
+
+class _NoisyRun(_ChangedGradientRun):
+    def next_batch(self) -> Batch:
+        shape, dtype = self.params.shape, self.params.dtype
+        noise = torch.randn(shape, generator=self.generator, dtype=dtype)
+        return (noise, *self.inner.next_batch())
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params, batch[1:])
+        return losses, grads.add(batch[0], alpha=self.amount)
+
+
+class _SparseRun(_ChangedGradientRun):
+    def next_batch(self) -> Batch:
+        kept = torch.rand(self.params.shape, generator=self.generator) >= self.amount
+        return (kept, *self.inner.next_batch())
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params, batch[1:])
+        return losses, grads * batch[0]
+
+
+class _Wrapper(Task):
+    """A task around another, of which it keeps the held-out version."""
+
+    def __init__(self, task: Task) -> None:
+        check_task(task)
+        self.task = task
+
+    def held_out(self) -> Task:
+        """The same around the inner task's held-out version."""
+        arguments = {**self.config(), "task": self.task.held_out()}
+        return type(self)(**arguments)
+
+
+class GradientNoise(_Wrapper):
+    """The task, with noise of N(0, sd^2) added to every gradient; losses are as they were.
+
+    With ``second_order=True`` meta-gradients do not see the noise.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Quadratic
+        >>> GradientNoise(Quadratic(dim=3), sd=0.5).sample(2, torch.Generator().manual_seed(0)).dim
+        3
+    """
+
+    def __init__(self, task: Task, sd: float = 0.5) -> None:
+        super().__init__(task)
+        check_number("sd", sd, minimum=0)
+        self.sd = sd
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "sd": self.sd}
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        inner = self.task.sample(num_runs, generator, dtype)
+        return _NoisyRun(inner, self.sd, fork_generator(generator))
+
+
+class SparseGradients(_Wrapper):
+    """The task, with each entry of each gradient set to 0 with probability ``fraction``.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Quadratic
+        >>> SparseGradients(Quadratic(dim=3)).fraction
+        0.99
+    """
+
+    def __init__(self, task: Task, fraction: float = 0.99) -> None:
+        super().__init__(task)
+        check_number("fraction", fraction, minimum=0, below=1)
+        self.fraction = fraction
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "fraction": self.fraction}
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        inner = self.task.sample(num_runs, generator, dtype)
+        return _SparseRun(inner, self.fraction, fork_generator(generator))
+
+
+class _MappedRun(WrappedRun):
+    """A function of the inner run's loss."""
+
+    def __init__(self, inner: TaskRun, generator: torch.Generator) -> None:
+        super().__init__(inner, {"params": inner.params}, generator)
+
+
+class _LogRun(_MappedRun):
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        return torch.log(self.inner.losses(params, batch) + _LOG_FLOOR) - math.log(_LOG_FLOOR)
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params, batch)
+        shifted = losses + _LOG_FLOOR
+        return torch.log(shifted) - math.log(_LOG_FLOOR), grads / shifted.unsqueeze(1)
+
+
+class LogObjective(_Wrapper):
+    """log(f + 1e-6) - log(1e-6) in place of f, which must not be negative.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Bowl
+        >>> run = LogObjective(Bowl()).sample(2, torch.Generator().manual_seed(0))
+        >>> run.losses(torch.zeros(2, 2), ()).tolist()
+        [0.0, 0.0]
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task)}
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        return _LogRun(self.task.sample(num_runs, generator, dtype), fork_generator(generator))
+
+
+class _RescaledRun(_MappedRun):
+    def __init__(self, inner: TaskRun, factor: float, generator: torch.Generator) -> None:
+        super().__init__(inner, generator)
+        self.factor = factor
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        return self.inner.losses(params, batch) * self.factor
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params, batch)
+        return losses * self.factor, grads * self.factor
+
+
+class Rescaled(_Wrapper):
+    """The task's loss times ``factor``.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Norm
+        >>> Rescaled(Norm(dim=18, p=3.0), factor=1000.0).factor
+        1000.0
+    """
+
+    def __init__(self, task: Task, factor: float = 10.0) -> None:
+        super().__init__(task)
+        check_number("factor", factor, minimum=0, exclusive=True)
+        self.factor = factor
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "factor": self.factor}
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        inner = self.task.sample(num_runs, generator, dtype)
+        return _RescaledRun(inner, self.factor, fork_generator(generator))
+
+
+class _SumRun(TaskRun):
+    def __init__(self, parts: list[TaskRun], generator: torch.Generator) -> None:
+        params = torch.cat([part.params for part in parts], dim=1)
+        super().__init__({"params": params}, generator)
+        self.parts = parts
+        self._lengths = [_batch_length(part) for part in parts]
+
+    def next_batch(self) -> Batch:
+        return tuple(tensor for part in self.parts for tensor in part.next_batch())
+
+    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError("a sum computes batched losses through its parts")
+
+    def _split(self, params: Tensor, batch: Batch) -> list[tuple[TaskRun, Tensor, Batch]]:
+        pieces = params.split([part.dim for part in self.parts], dim=1)
+        found, at = [], 0
+        for part, piece, length in zip(self.parts, pieces, self._lengths, strict=True):
+            found.append((part, piece.contiguous(), batch[at : at + length]))
+            at += length
+        return found
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        parts = self._split(params, batch)
+        return torch.stack([part.losses(piece, own) for part, piece, own in parts]).sum(dim=0)
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        results = [
+            part.loss_and_grad(piece, own) for part, piece, own in self._split(params, batch)
+        ]
+        losses, grads = zip(*results, strict=True)
+        return torch.stack(losses).sum(dim=0), torch.cat(grads, dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def _batch_length(run: TaskRun) -> int:
+    """Tensors of a batch; the run's random numbers are put back."""
+    state = run.state_dict()
+    length = len(run.next_batch())
+    run.load_state_dict(state)
+    return length
+
+
+class SumOf(Task):
+    """Several tasks at once, each on coordinates of its own: the loss is their sum.
+
+    Args:
+        tasks: at least one; their coordinates follow one another in the flat vector.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Bowl, Quadratic
+        >>> SumOf([Bowl(), Quadratic(dim=3)]).sample(2, torch.Generator().manual_seed(0)).dim
+        5
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        if not isinstance(tasks, Sequence) or not tasks:
+            raise ValueError(f"tasks must be a sequence of at least one task, got {tasks!r}")
+        for task in tasks:
+            check_task(task)
+        self.tasks = list(tasks)
+
+    def config(self) -> dict[str, Any]:
+        return {"tasks": [repr(task) for task in self.tasks]}
+
+    def held_out(self) -> Task:
+        """The sum of the held-out versions."""
+        return SumOf([task.held_out() for task in self.tasks])
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        parts = [task.sample(num_runs, generator, dtype) for task in self.tasks]
+        return _SumRun(parts, fork_generator(generator))
