@@ -30,9 +30,8 @@ CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextr
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # Error messages name source files; not where they lay when they were compiled.
 CPU_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
-
-
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# Machine code for 7.5 to 12.x, as 8.0's also runs on 8.6 and 8.9; PTX for 11.0 and what comes.
+CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0+PTX"
 
 
 def switch(name: str, default: str) -> bool:

@@ -22,7 +22,9 @@ import torch
 from tests import common, cuda_step, gpu_common, test_cuda_step, test_cuda_unroll
 
 CHIPS = {"A100-SXM-80GB": "sm_80", "H100-SXM": "sm_90", "B200": "sm_100"}
-CUDA_TILES, WINDOW_TILE = 512, 32
+CUDA_TILES, WINDOW_TILE = 512, test_cuda_unroll.TILE
+# Bytes of shared memory that a block may have there.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def step_kernel(family: str, precision: str, state: torch.dtype) -> Kernel:
     )
 
 
-def window_kernel(family: str) -> Kernel:
+def window_kernel(family: str, precision: str) -> Kernel:
     """The CUDA window backward of 2x20, one more step of it."""
     case = next(case for case in test_cuda_unroll.FAMILIES if case.family == family)
     planes = 80 if family == "lstm" else 82
@@ -74,16 +76,21 @@ def window_kernel(family: str) -> Kernel:
         rule, found = case.make(), []
         for steps in (2, 3):
             recorded = common.random_window(rule, steps=steps, runs=1, dim=WINDOW_TILE)
-            found.append(test_cuda_unroll.unroll_backward(rule, recorded).counts)
+            result = test_cuda_unroll.unroll_backward(rule, recorded, precision=precision)
+            found.append(result.counts)
         return found[0], found[1]
 
-    name = f"window_kernelILb{int(family == 'rnnprop')}E"
+    def resources(arch: str) -> Any:
+        device = test_cuda_unroll.Device(shared_bytes=SHARED_MEMORY[arch])
+        name = test_cuda_unroll.planned(case.make(), device, precision).name
+        return find(_assembled(test_cuda_unroll.module(), arch), name)
+
     return Kernel(
-        f"cuda window backward {family}, a step",
+        f"cuda window backward {family} {precision}, a step",
         2 * planes * 4 + 4,
         WINDOW_TILE,
         launches,
-        lambda arch: find(_assembled(test_cuda_unroll.module(), arch), name),
+        resources,
         "2",
     )
 
@@ -107,6 +114,34 @@ def triton_kernel() -> Kernel:
         return gpu_common.resources(test_triton_step.compiled(name, number, block), number)
 
     return Kernel("triton step lstm float32 state", 652, block, launches, resources, "1")
+
+
+def triton_window(family: str) -> Kernel:
+    """The Triton window backward of 2x20, one more step of it."""
+    from tests import test_triton_unroll
+
+    name, block = f"{family}-20x2", 128 if family == "lstm" else 64
+    planes = 80 if family == "lstm" else 82
+
+    def launches() -> tuple[Any, Any]:
+        rule, found = test_triton_unroll.CASES[name].make(), []
+        for steps in (2, 3):
+            recorded = common.random_window(rule, steps=steps, runs=1, dim=block)
+            found.append(test_triton_unroll.run_window(name, 90, block, recorded)[2])
+        return found[0], found[1]
+
+    def resources(arch: str) -> Any:
+        module = test_triton_unroll.window_module(name, int(arch.removeprefix("sm_")), block)
+        return next(iter(_assembled(module, arch).values()))
+
+    return Kernel(
+        f"triton window backward {family}, a step",
+        2 * planes * 4 + 4,
+        block,
+        launches,
+        resources,
+        "2",
+    )
 
 
 _ASSEMBLED: dict[tuple[int, str], Any] = {}
@@ -205,9 +240,13 @@ def main() -> None:
         for family in ("lstm", "rnnprop")
         for precision in ("exact", "fast")
     ]
-    kernels += [window_kernel(family) for family in ("lstm", "rnnprop")]
+    kernels += [
+        window_kernel(family, precision)
+        for family in ("lstm", "rnnprop")
+        for precision in ("exact", "fast")
+    ]
     if not options.no_triton and gpu_common.HAS_TRITON:
-        kernels.append(triton_kernel())
+        kernels += [triton_kernel(), *(triton_window(family) for family in ("lstm", "rnnprop"))]
     rows = [figures(kernel) for kernel in kernels]
     print(table(rows))
     if options.json:

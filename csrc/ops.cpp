@@ -154,12 +154,17 @@ DType check_lists(const RuleConfig& config, const StepLists& lists) {
 
 void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& meta, double lr,
               double weight_decay, bool maximize, int64_t nonfinite,
-              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+              const std::optional<int64_t>& rounding_seed) {
   check_config(config, meta);
   STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= 2, "nonfinite is ", nonfinite,
                   "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
   StepOptions options;
   options.state_dtype = check_lists(config, lists);
+  options.stochastic_rounding = rounding_seed.has_value();
+  options.seed = uint64_t(rounding_seed.value_or(0));
+  STD_TORCH_CHECK(!options.stochastic_rounding || options.state_dtype == DType::bf16,
+                  "rounding_seed is for bfloat16 states");
   if (found_inf.has_value()) {
     check_scalar(*found_inf, "found_inf");
     if (*floats(*found_inf) != 0.0f) return;

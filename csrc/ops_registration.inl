@@ -4,10 +4,10 @@ void lstm_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 Tensor meta, int64_t hidden_size, int64_t num_layers, bool log_sign, double p,
                 double eps, double output_scale, double lr, double weight_decay, bool maximize,
                 int64_t nonfinite, std::optional<Tensor> grad_scale,
-                std::optional<Tensor> found_inf) {
+                std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
   run_step(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale),
            {params, grads, states, nullptr}, meta, lr, weight_decay, maximize, nonfinite,
-           grad_scale, found_inf);
+           grad_scale, found_inf, rounding_seed);
 }
 
 void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
@@ -15,10 +15,10 @@ void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
                    int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
                    double step_size, double lr, double weight_decay, bool maximize,
                    int64_t nonfinite, std::optional<Tensor> grad_scale,
-                   std::optional<Tensor> found_inf) {
+                   std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
   run_step(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
            {params, grads, states, &steps}, meta, lr, weight_decay, maximize, nonfinite, grad_scale,
-           found_inf);
+           found_inf, rounding_seed);
 }
 
 std::tuple<Tensor, Tensor> lstm_step(Tensor grad, Tensor state, Tensor meta, int64_t hidden_size,

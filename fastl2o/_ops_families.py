@@ -128,7 +128,7 @@ def _define_step_(signature: _Signature) -> Any:
     schema = (
         f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, {steps}Tensor meta, "
         f"{signature.schema}, float lr, float weight_decay, bool maximize, int nonfinite, Tensor? "
-        "grad_scale=None, Tensor? found_inf=None) -> ()"
+        "grad_scale=None, Tensor? found_inf=None, int? rounding_seed=None) -> ()"
     )
 
     def default(named: Named) -> None:
@@ -145,6 +145,7 @@ def _define_step_(signature: _Signature) -> Any:
             named["nonfinite"],
             named["grad_scale"],
             named["found_inf"],
+            named["rounding_seed"],
         )
 
     gpu = _on_gpu(signature, _ops_gpu.step_, default)

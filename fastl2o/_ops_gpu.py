@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import backends
 from .rules import Rule
@@ -25,7 +26,7 @@ Named = dict[str, Any]
 # What the arguments of the CUDA library's ops hold that the other family alone has.
 _NO_BETAS = (0.0, 0.0)
 _NO_LOG = (False, 1.0, 0.0)
-_LEAST_CAPABILITY = 8
+_LEAST_CAPABILITY = (7, 5)
 
 
 def fast() -> bool:
@@ -50,24 +51,23 @@ def _cuda_refuses(rnnprop: bool, hidden_size: int, num_layers: int, device: torc
     if not torch.ops.fastl2o_cuda.supported(rnnprop, hidden_size, num_layers):
         return (
             f"its kernels do not take hidden_size={hidden_size} with num_layers={num_layers} "
-            "('triton' has the in-place step for every size)"
+            "('triton' takes every size)"
         )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < _LEAST_CAPABILITY:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        least, found = ("{}.{}".format(*version) for version in (_LEAST_CAPABILITY, capability))
         return (
-            f"its kernels need compute capability {_LEAST_CAPABILITY}.0 and {device} has "
-            f"{major}.{minor} ('triton' has the in-place step there)"
+            f"its kernels need compute capability {least} and {device} has {found} ('triton' has "
+            "kernels there)"
         )
     return ""
 
 
-def refusal(backend: str, rule: Any, device: torch.device, *, in_place: bool) -> str:
+def refusal(backend: str, rule: Any, device: torch.device) -> str:
     """Why a backend that is present does not take this rule on this device, "" if it does.
 
-    `in_place`: whether it is the in-place step, the only op that Triton has a kernel for.
+    Triton takes every rule of the two families.
     """
-    if backend == "triton" and not in_place:
-        return "it has only the in-place step ('cuda' has all ops, for 20 units in two layers)"
     if backend == "cuda" and device.type == "cuda":
         return _cuda_refuses(
             rule.family == "rnnprop", rule.hidden_size, rule.num_layers, torch.device(device)
@@ -75,9 +75,9 @@ def refusal(backend: str, rule: Any, device: torch.device, *, in_place: bool) ->
     return ""
 
 
-def objections(rule: Any, device: torch.device, *, in_place: bool) -> Callable[[str], str]:
+def objections(rule: Any, device: torch.device) -> Callable[[str], str]:
     """`refusal` as a function of the backend, for `backends.choose`."""
-    return lambda backend: refusal(backend, rule, device, in_place=in_place)
+    return lambda backend: refusal(backend, rule, device)
 
 
 def one_dtype(params: Sequence[Tensor], states: Sequence[Tensor]) -> str:
@@ -90,8 +90,9 @@ def one_dtype(params: Sequence[Tensor], states: Sequence[Tensor]) -> str:
     return ""
 
 
-def _triton_step() -> Any:
-    return import_module("fastl2o.kernels.lstm.step").step_
+def _triton(module: str) -> Any:
+    """A launcher module of the Triton kernels, "step" or "window"."""
+    return import_module(f"fastl2o.kernels.lstm.{module}")
 
 
 def step_(backend: str, rule: Rule, named: Named) -> None:
@@ -99,32 +100,40 @@ def step_(backend: str, rule: Rule, named: Named) -> None:
     lists = (named["params"], named["grads"], named["states"], named.get("steps", ()))
     options = [named[name] for name in ("lr", "weight_decay", "maximize", "nonfinite")]
     scalars = (named["grad_scale"], named["found_inf"])
+    seed = named["rounding_seed"]
     if backend == "triton":
-        _triton_step()(rule, *lists, named["meta"], *options, *scalars)
+        _triton("step").step_(rule, *lists, named["meta"], *options, *scalars, seed)
         return
     torch.ops.fastl2o_cuda.step_(
-        *map(list, lists), named["meta"], *cuda_arguments(rule), *options, *scalars, fast()
+        *(*map(list, lists), named["meta"], *cuda_arguments(rule), *options, *scalars, fast()),
+        *(seed is not None, seed or 0),
     )
 
 
-def step(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
-    """The functional step by "cuda", without derivative."""
+def step(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
+    """The functional step by "cuda" or "triton", without derivative."""
     grad, state, taken, meta = _window_start(named, "grad")
+    if backend == "triton":
+        return _triton("window").step(rule, grad, state, taken, meta)
     return torch.ops.fastl2o_cuda.step(grad, state, taken, meta, *cuda_arguments(rule), fast())
 
 
-def step_backward(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of the functional step, by "cuda"."""
+def step_backward(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of the functional step, by "cuda" or "triton"."""
     upstream = (named["d_update"].contiguous(), named["d_new_state"].contiguous())
     start = _window_start(named, "grad")
+    if backend == "triton":
+        return _triton("window").step_backward(rule, *upstream, *start)
     return torch.ops.fastl2o_cuda.step_backward(*upstream, *start, *cuda_arguments(rule), fast())
 
 
-def unroll_backward(_: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
-    """The derivative of a window of steps, by "cuda"."""
+def unroll_backward(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
+    """The derivative of a window of steps, by "cuda" or "triton"."""
     start = _window_start(named, "grads")
     rest = (named["loss_weights"], named["steps"])
     decay = (named["lr"], named["weight_decay"])
+    if backend == "triton":
+        return _triton("window").unroll_backward(rule, *start, *rest, *decay)
     return torch.ops.fastl2o_cuda.unroll_backward(
         *start, *rest, *cuda_arguments(rule), *decay, fast()
     )
@@ -138,7 +147,35 @@ def interpreted_step_(rule: Rule, *arguments: Any) -> None:
     """The in-place step by Triton's interpreter; arguments as of the op, without the config."""
     lists = arguments[: 4 if rule.needs_step else 3]
     steps = lists[3] if rule.needs_step else ()
-    _triton_step()(rule, *lists[:3], steps, *arguments[len(lists) :])
+    _triton("step").step_(rule, *lists[:3], steps, *arguments[len(lists) :])
+
+
+class _InterpretedStep(torch.autograd.Function):
+    """The functional step by Triton's interpreter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rule: Rule, grad: Tensor, state: Tensor, taken: int, meta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rule, ctx.taken = rule, taken
+        ctx.save_for_backward(grad, state, meta)
+        return _triton("window").step(rule, grad, state, taken, meta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_update: Tensor, d_new_state: Tensor) -> tuple[Tensor | None, ...]:
+        grad, state, meta = ctx.saved_tensors
+        d_grad, d_state, d_meta = _triton("window").step_backward(
+            ctx.rule, d_update, d_new_state, grad, state, ctx.taken, meta
+        )
+        return None, d_grad, d_state, None, d_meta
+
+
+def interpreted_step(
+    rule: Rule, grad: Tensor, state: Tensor, taken: int, meta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The functional step by Triton's interpreter, differentiable once."""
+    return _InterpretedStep.apply(rule, grad, state, taken, meta)
 
 
 def dispatched(
@@ -164,9 +201,7 @@ def dispatched(
         if any(tensor.dtype != torch.float32 for tensor in tensors):
             unsupported = "its kernels take float32 (states also bfloat16): convert the tensors"
         device = named["meta"].device
-        chosen = backends.choose(
-            device, unsupported, refuses=objections(rule, device, in_place=lists)
-        )
+        chosen = backends.choose(device, unsupported, refuses=objections(rule, device))
         return default(named) if chosen == "reference" else function(chosen, rule, named)
 
     return kernel

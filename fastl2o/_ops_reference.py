@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._rounding import round_state
 from .rules import Rule
 
 # Coordinates handled at once: bounds the temporaries of a step (a few times 4H numbers a
@@ -71,6 +72,7 @@ def step_(
     nonfinite: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding_seed: int | None = None,
 ) -> None:
     """The in-place step over lists, tensor by tensor; see `fastl2o.ops.step_` for the arguments."""
     check_lists(rule, params, grads, states, steps)
@@ -88,7 +90,10 @@ def step_(
         if steps:
             taken = steps[index].clone()
             steps[index].add_(1)
-        _step_tensor(rule, param, grad, state, taken, meta, lr, weight_decay, maximize, grad_scale)
+        rounding = None if rounding_seed is None else (rounding_seed, index)
+        _step_tensor(
+            rule, param, grad, state, taken, meta, lr, weight_decay, maximize, grad_scale, rounding
+        )
 
 
 def nonfinite_message(index: int) -> str:
@@ -111,7 +116,9 @@ def _step_tensor(
     weight_decay: float,
     maximize: bool,
     grad_scale: Tensor | None,
+    rounding: tuple[int, int] | None,
 ) -> None:
+    """One tensor; `rounding`: seed and place in the list, for stochastic rounding of the state."""
     count = param.numel()
     dtype = torch.float64 if torch.float64 in (param.dtype, state.dtype) else torch.float32
     flat_param, flat_grad = param.detach().view(count), grad.view(count)
@@ -124,9 +131,12 @@ def _step_tensor(
             seen = seen.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
             seen = seen / grad_scale.to(seen.device)
             flat_grad[block] = seen.to(grad.dtype)
+        before = flat_state[:, block]
         update, new_state = rule.reference_step(
-            -seen if maximize else seen, flat_state[:, block], taken, meta
+            -seen if maximize else seen, before if rounding is None else before.float(), taken, meta
         )
+        if rounding is not None:
+            new_state = round_state(rule, new_state, *rounding, start)
         flat_state[:, block] = new_state
         kept = flat_param[block].to(dtype)
         if weight_decay != 0.0:

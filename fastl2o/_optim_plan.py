@@ -29,6 +29,7 @@ from ._optim_state import (
     state_problem,
     uses_reference,
 )
+from ._rounding import step_seed
 from .backends import backend, requested
 from .rules import Rule
 
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     maximize: bool
     nonfinite: str
     reference: bool
+    rounding: tuple[int, int] | None  # seed and step, for stochastic rounding
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Settings:
@@ -59,6 +61,7 @@ class Settings(NamedTuple):
             group["maximize"],
             group["nonfinite"],
             uses_reference(group),
+            (group["seed"], group["rounding_step"]) if group["stochastic_rounding"] else None,
         )
 
 
@@ -268,26 +271,37 @@ def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: b
     Raises:
         RuntimeError: the first bucket's op met a NaN or Inf under the policy "raise", or a backend
             was forced that cannot take one of the buckets. Nothing is changed then.
+        ValueError: stochastic rounding of states that are not bfloat16. Nothing is changed then.
     """
+    settings_of = [Settings.of(groups[bucket.group_idx]) for bucket in plan.buckets]
+    for bucket, settings in zip(plan.buckets, settings_of, strict=True):
+        dtype = bucket.states[0]["planes"].dtype
+        if settings.rounding is not None and dtype != torch.bfloat16:
+            raise ValueError(
+                f"group {bucket.group_idx}: stochastic_rounding=True, but its states were made in "
+                f"{dtype}. Set stochastic_rounding=False, or build the optimizer with "
+                "state_dtype=torch.bfloat16"
+            )
     if len(plan.buckets) > 1 and requested() not in ("auto", "reference"):
-        for bucket in plan.buckets:
-            _rehearse(bucket, Settings.of(groups[bucket.group_idx]))
-    for bucket in plan.buckets:
-        settings = Settings.of(groups[bucket.group_idx])
+        for bucket, settings in zip(plan.buckets, settings_of, strict=True):
+            _rehearse(bucket, settings)
+    for number, (bucket, settings) in enumerate(zip(plan.buckets, settings_of, strict=True)):
         if settings.nonfinite == "raise" and checked:
             settings = settings._replace(nonfinite="pass")
         # from the second bucket on something has been changed, so those were checked before
         checked = True
         mine = grads if len(plan.buckets) == 1 else [grads[i] for i in bucket.where]
         try:
-            _run_bucket(bucket, settings, mine, amp)
+            _run_bucket(bucket, settings, mine, amp, number)
         except RuntimeError as error:
             if "holds NaN or Inf" not in str(error):
                 raise
             raise_nonfinite(plan, groups, grads, error)
 
 
-def _run_bucket(bucket: Bucket, settings: Settings, grads: list[Tensor], amp: Amp) -> None:
+def _run_bucket(
+    bucket: Bucket, settings: Settings, grads: list[Tensor], amp: Amp, number: int = 0
+) -> None:
     params = bucket.params
     planes = [entry["planes"] for entry in bucket.states]
     steps = [entry["step"] for entry in bucket.states] if settings.rule.needs_step else None
@@ -312,6 +326,7 @@ def _run_bucket(bucket: Bucket, settings: Settings, grads: list[Tensor], amp: Am
             weight_decay=settings.weight_decay,
             maximize=settings.maximize,
             nonfinite=settings.nonfinite,
+            rounding_seed=settings.rounding and step_seed(*settings.rounding, number),
             **amp.on(params[0].device)._asdict(),
         )
     for view, dense in copied:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from .rules import Rule
 
@@ -18,7 +21,10 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Looked at on every step for values assigned since the last.
-CHECKED_OPTIONS = ("rule", "lr", "weight_decay", "nonfinite", "state_dtype", "foreach", "fused")
+CHECKED_OPTIONS = (
+    *("rule", "lr", "weight_decay", "nonfinite", "state_dtype", "foreach", "fused"),
+    *("stochastic_rounding", "seed"),
+)
 
 # What a group of an older checkpoint, or one unpickled from it, is completed with.
 GROUP_DEFAULTS: dict[str, Any] = {
@@ -31,7 +37,28 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "fused": None,
     "capturable": False,
     "differentiable": False,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "rounding_step": 0,
 }
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+@contextmanager
+def without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Keep the base class from calling checkpoint hooks: the caller does, at the right moments."""
+    kept = {name: getattr(optimizer, name) for name in _HOOKS}
+    optimizer.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    try:
+        yield
+    finally:
+        optimizer.__dict__.update(kept)
 
 
 def resolve_rule(rule: Rule | str | os.PathLike[str]) -> Rule:
@@ -71,6 +98,27 @@ def check_options(options: Mapping[str, Any]) -> None:
     if state_dtype not in STATE_DTYPES:
         raise ValueError(f"Invalid state_dtype: {state_dtype}. Accepted: {STATE_DTYPES}")
     check_flags(options)
+    _check_rounding(options, state_dtype)
+
+
+def _check_rounding(options: Mapping[str, Any], state_dtype: torch.dtype) -> None:
+    for name in ("seed", "rounding_step"):
+        value = options.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ValueError(f"Invalid {name}: {value!r}. Accepted: an int from 0 to 2^63 - 1")
+    rounding = options.get("stochastic_rounding", False)
+    if not isinstance(rounding, bool):
+        raise ValueError(f"Invalid stochastic_rounding: {rounding!r}. Accepted: True and False")
+    if rounding and state_dtype != torch.bfloat16:
+        raise ValueError(
+            f"stochastic_rounding=True with state_dtype={state_dtype}. Give "
+            "state_dtype=torch.bfloat16, the only state that is rounded"
+        )
+    if rounding and options.get("differentiable"):
+        raise ValueError(
+            "stochastic_rounding=True with differentiable=True: rounding at random has no "
+            "derivative. Keep one of them"
+        )
 
 
 def check_flags(options: Mapping[str, Any]) -> None:

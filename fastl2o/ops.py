@@ -37,6 +37,7 @@ def step_(
     nonfinite: str = "raise",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding_seed: int | None = None,
 ) -> None:
     """Take one step of `rule` in place on a list of tensors.
 
@@ -59,11 +60,14 @@ def step_(
         grad_scale: 1-element tensor; the rule sees grad / grad_scale, which is also written back
             into `grads`.
         found_inf: 1-element tensor; where it is not 0, nothing is touched.
+        rounding_seed: a signed 64-bit number: bfloat16 states are rounded stochastically, with the
+            same random bits on every backend. Give each step another one. None: to nearest.
 
     Raises:
         ValueError, TypeError: a list, shape, dtype or option does not fit.
         RuntimeError: `nonfinite="raise"` and a gradient is not finite (the message holds its index
-            in the list), or a forced backend cannot take these tensors.
+            in the list), a forced backend cannot take these tensors, or stochastic rounding is
+            captured in a CUDA graph, whose replays would repeat its random bits.
 
     Example:
         >>> import fastl2o
@@ -93,6 +97,8 @@ def step_(
     lr, weight_decay = float(lr), float(weight_decay)
     family = FAMILIES.get(rule.family)
     state_dtype = states[0].dtype
+    if rounding_seed is not None:
+        _check_rounding(rounding_seed, family is not None, states)
     unsupported = ""
     if family is None:
         unsupported = f"there are no kernels for rules of family {rule.family!r}"
@@ -105,7 +111,7 @@ def step_(
     chosen = backends.choose(
         device,
         unsupported,
-        refuses=_ops_gpu.objections(rule, device, in_place=True),
+        refuses=_ops_gpu.objections(rule, device),
     )
     if chosen == "reference" or family is None:
         meta = rule.flat_buffer(
@@ -124,10 +130,11 @@ def step_(
             mode,
             grad_scale,
             found_inf,
+            rounding_seed,
         )
         return
     lists = (params, grads, states, steps) if rule.needs_step else (params, grads, states)
-    options = (lr, weight_decay, maximize, mode, grad_scale, found_inf)
+    options = (lr, weight_decay, maximize, mode, grad_scale, found_inf, rounding_seed)
     with torch.no_grad():
         if chosen == "triton" and device.type == "cpu":
             _ops_gpu.interpreted_step_(rule, *lists, rule.flat_buffer(device), *options)
@@ -136,6 +143,25 @@ def step_(
     # A kernel writes through raw pointers: autograd must learn that tensors saved for a backward
     # have changed. Gradients and step counters are in no graph.
     torch.autograd.graph.increment_version([*params, *states])
+
+
+def _check_rounding(seed: int, has_family: bool, states: Sequence[Tensor]) -> None:
+    if not has_family:
+        raise ValueError("rounding_seed: only rules of the families lstm and rnnprop round so")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"Invalid rounding_seed: {seed}; pass a signed 64-bit number")
+    for index, state in enumerate(states):
+        if state.dtype != torch.bfloat16:
+            raise ValueError(
+                f"states[{index}]: stochastic rounding is of bfloat16 states, not {state.dtype}; "
+                "convert the state, or leave rounding_seed out"
+            )
+    if states[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stochastic rounding cannot be captured in a CUDA graph: its seed is a number of the "
+            "host, so every replay would repeat the same random bits. Step outside the graph, or "
+            "use float32 state"
+        )
 
 
 def step(
@@ -174,11 +200,13 @@ def step(
     chosen = backends.choose(
         grad.device,
         unsupported,
-        refuses=_ops_gpu.objections(rule, grad.device, in_place=False),
+        refuses=_ops_gpu.objections(rule, grad.device),
     )
     if chosen == "reference" or family is None:
         return rule.reference_step(grad, state, step, meta)
     flat = rule.flat_parameters() if meta is None else meta
+    if chosen == "triton" and grad.device.type == "cpu":
+        return _ops_gpu.interpreted_step(rule, grad, state, int(step), flat)
     taken = (int(step),) if rule.needs_step else ()
     update, new_state = family.step(
         grad.contiguous(), state.contiguous(), *taken, flat, *family.arguments(rule)
@@ -238,12 +266,19 @@ def unroll_backward(
     chosen = backends.choose(
         grads.device,
         unsupported,
-        refuses=_ops_gpu.objections(rule, grads.device, in_place=False),
+        refuses=_ops_gpu.objections(rule, grads.device),
     )
     if chosen == "reference" or family is None:
         return reference.unroll_backward(
             rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay
         )
+    if chosen == "triton" and grads.device.type == "cpu":
+        named = {
+            "grads": grads, "state": state, "step": int(step), "meta": flat, "steps": steps,
+            "loss_weights": loss_weights.to(torch.float32), "lr": lr, "weight_decay": weight_decay,
+        }  # fmt: skip
+        with torch.no_grad():
+            return _ops_gpu.unroll_backward("triton", rule, named)
     taken = (int(step),) if rule.needs_step else ()
     with torch.no_grad():
         d_meta, d_state = family.unroll_backward(

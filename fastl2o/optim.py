@@ -8,9 +8,7 @@ optimizer (closures, hooks, schedulers, gradient scaling).
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -38,19 +36,13 @@ from ._optim_state import (
     resolve_rule,
     rule_identity,
     uses_reference,
+    without_hooks,
 )
 from .rules import Rule
 
 __all__ = ["LSTM", "LearnedOptimizer", "RNNProp"]
 
 RuleLike = Rule | str | os.PathLike[str]
-
-_HOOKS = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class LearnedOptimizer(Optimizer):
@@ -73,6 +65,9 @@ class LearnedOptimizer(Optimizer):
             RuntimeError that names the parameter, nothing is changed; "skip": leave that parameter
             and its state alone; "pass": feed it to the rule.
         state_dtype: float32; bfloat16 to halve the memory; float64 (reference path only).
+        stochastic_rounding: of bfloat16 state, so that changes below its precision add up instead
+            of being lost; not within a CUDA graph. ``seed`` and the number of the step, which the
+            state_dict holds, decide the random bits, the same on every backend.
         foreach, fused: True or None use the list kernels of the current
             :func:`fastl2o.backend`, False (without the other) the reference loop.
         capturable: kept for torch's sake; a step on the CPU has nothing to capture.
@@ -85,7 +80,7 @@ class LearnedOptimizer(Optimizer):
     not in the state_dict (save it with ``rule.save``), but in copies and pickles of the optimizer.
 
     Raises:
-        ValueError: an impossible ``lr``, ``weight_decay``, ``nonfinite`` or ``state_dtype``.
+        ValueError: an impossible option; stochastic rounding of other than bfloat16 state.
         TypeError: ``rule`` is none of the accepted kinds.
         RuntimeError: flags that exclude each other; in ``step``, sparse or ill-typed gradients and,
             by default, gradients with NaN or Inf. A step that raises has changed nothing.
@@ -116,6 +111,8 @@ class LearnedOptimizer(Optimizer):
         *,
         nonfinite: str = "raise",
         state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -127,6 +124,9 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "nonfinite": nonfinite,
             "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "rounding_step": 0,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -215,6 +215,9 @@ class LearnedOptimizer(Optimizer):
             if not first_step:
                 gather(groups, self.state, None)  # names the parameter, where one does not fit
             raise
+        for group in groups:
+            if group["stochastic_rounding"]:
+                group["rounding_step"] += 1
 
     def _check_assigned_options(self) -> None:
         """Check options that were assigned to the groups since the last step."""
@@ -242,7 +245,7 @@ class LearnedOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        with self._without_hooks():
+        with without_hooks(self):
             state_dict = super().state_dict()
         identities: dict[int, dict[str, Any]] = {}
         for group in state_dict["param_groups"]:
@@ -296,7 +299,7 @@ class LearnedOptimizer(Optimizer):
             {**{name: group[name] for name in GROUP_DEFAULTS}, **saved, "rule": None}
             for group, saved in zip(groups, saved_groups, strict=True)
         ]
-        with self._without_hooks():
+        with without_hooks(self):
             super().load_state_dict({**state_dict, "state": others, "param_groups": completed})
         for before, group in zip(groups, self.param_groups, strict=True):
             group["rule"] = before["rule"]
@@ -304,16 +307,6 @@ class LearnedOptimizer(Optimizer):
             self.state[p].update(entry)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        """Keep the base class from calling hooks: the caller does, at the right moments."""
-        kept = {name: getattr(self, name) for name in _HOOKS}
-        self.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        try:
-            yield
-        finally:
-            self.__dict__.update(kept)
 
     # Copies
 

@@ -50,14 +50,22 @@ def emulator() -> ModuleType:
     return ptxemu
 
 
-def compile_kernels(source: str) -> Any:
-    """A file of csrc/cuda as PTX for compute capability 8.0, which later devices also run."""
+# Compute capabilities, times ten, whose machine code is judged, and whose PTX it is made of: the
+# kernels differ on 7.5, which has no TF32 tensor cores, and from 10.0 on, in threads and registers.
+COMPILED = {75: 75, 80: 80, 90: 80, 100: 100, 120: 120}
+
+
+def compile_kernels(source: str, architecture: int = 80) -> Any:
+    """A file of csrc/cuda as PTX for a compute capability times ten; later devices run it too."""
     flags = ["-O3", "-std=c++17", "-Werror", "all-warnings"]
     with warnings.catch_warnings():
         # The emulator leaves the closing of its files to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
         return emulator().compile_cuda(
-            str(ROOT / "csrc/cuda" / source), arch="sm_80", flags=flags, include_dirs=INCLUDES
+            str(ROOT / "csrc/cuda" / source),
+            arch=f"sm_{architecture}",
+            flags=flags,
+            include_dirs=INCLUDES,
         )
 
 
@@ -73,9 +81,9 @@ def compile_host(source: str) -> ctypes.CDLL:
 
 
 @functools.cache
-def module() -> Any:
-    """The step kernels."""
-    return compile_kernels("step.cu")
+def module(architecture: int = 80) -> Any:
+    """The step kernels; from 80 on they use tensor cores."""
+    return compile_kernels("step.cu", architecture)
 
 
 @functools.cache
@@ -119,6 +127,7 @@ class Kernel(NamedTuple):
     family: str
     precision: str = "exact"
     state_dtype: torch.dtype = torch.float32
+    architecture: int = 80
 
     @property
     def name(self) -> str:
@@ -130,16 +139,22 @@ class Kernel(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return host().shared_bytes(int(self.family == "rnnprop"), int(self.precision == "exact"))
+        exact = int(self.precision == "exact")
+        return host().shared_bytes(int(self.family == "rnnprop"), exact, self.architecture // 10)
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return host().threads(int(self.precision == "exact"), self.state_dtype.itemsize)
+        return self.threads_on(self.architecture)
+
+    def threads_on(self, architecture: int) -> int:
+        """Threads of a block on another compute capability, times ten."""
+        exact = int(self.precision == "exact")
+        return host().threads(exact, self.state_dtype.itemsize, architecture // 10)
 
     def launch(self, arguments: bytes, grid: int = 2) -> Any:
         """Run a launch of `grid` blocks; its counts."""
-        return module().launch(
+        return module(self.architecture).launch(
             self.name, grid=grid, block=self.threads, args=[arguments], smem=self.shared_bytes
         )
 
@@ -151,6 +166,7 @@ def functional_step(
     step: int = 0,
     precision: str = "exact",
     grid: int = 2,
+    architecture: int = 80,
 ) -> tuple[Tensor, Tensor, Any]:
     """Update (N,), new state (S, N) and the launch's counts, from NaN-filled outputs."""
     update, new_state = torch.full_like(grad, torch.nan), torch.full_like(state, torch.nan)
@@ -165,7 +181,8 @@ def functional_step(
         *pointers,
         arguments,
     )
-    counts = Kernel(rule.family, precision).launch(arguments.raw, grid)
+    kernel = Kernel(rule.family, precision, architecture=architecture)
+    counts = kernel.launch(arguments.raw, grid)
     emulator().free_all()
     return update, new_state, counts
 
@@ -187,6 +204,7 @@ def step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     grid: int = 2,
+    architecture: int = 80,
 ) -> tuple[list[int], list[Any]]:
     """The in-place step: the nonfinite flags and the counts of every launch but the scans."""
     meta = rule.flat_parameters().detach().float().contiguous()
@@ -224,13 +242,15 @@ def step_(
         for launch, raw in zip(launches, each, strict=False):
             if launch.tensors > 0:
                 pointers = [flags[launch.first_tensor :], flags[len(params) :]]
-                module().launch("scan_kernel", grid=2, block=SCAN_THREADS, args=[raw, *pointers])
-    kernel = Kernel(rule.family, precision, states[0].dtype)
+                module(architecture).launch(
+                    "scan_kernel", grid=2, block=SCAN_THREADS, args=[raw, *pointers]
+                )
+    kernel = Kernel(rule.family, precision, states[0].dtype, architecture)
     counts = []
     for launch, raw in zip(launches, each, strict=False):
         if launch.tiles > 0:
             counts.append(kernel.launch(raw, grid))
         elif launch.counters > 0:
-            counts.append(module().launch("count_kernel", grid=1, block=64, args=[raw]))
+            counts.append(module(architecture).launch("count_kernel", grid=1, block=64, args=[raw]))
     emulator().free_all()
     return flags.tolist(), counts

@@ -18,17 +18,19 @@ extern "C" {
 
 int args_bytes() { return sizeof(cuda::StepArgs); }
 
-int shared_bytes(int rnnprop, int exact) {
+int shared_bytes(int rnnprop, int exact, int major) {
+  const bool split = cuda::step_products(exact, major) == cuda::Products::tf32_split;
+  // Multiply-adds take the room of rounded operands.
+  using cuda::Products;
   if (rnnprop)
-    return 4 * (exact ? cuda::SharedLayout<true, true>::kTotal
-                      : cuda::SharedLayout<true, false>::kTotal);
-  return 4 * (exact ? cuda::SharedLayout<false, true>::kTotal
-                    : cuda::SharedLayout<false, false>::kTotal);
+    return 4 * (split ? cuda::SharedLayout<true, Products::tf32_split>::kTotal
+                      : cuda::SharedLayout<true, Products::tf32>::kTotal);
+  return 4 * (split ? cuda::SharedLayout<false, Products::tf32_split>::kTotal
+                    : cuda::SharedLayout<false, Products::tf32>::kTotal);
 }
 
-int threads(int exact, int state_bytes) {
-  if (!exact) return cuda::kStepThreads<false, 4>;
-  return state_bytes == 4 ? cuda::kStepThreads<true, 4> : cuda::kStepThreads<true, 2>;
+int threads(int exact, int state_bytes, int major) {
+  return cuda::step_threads(cuda::step_products(exact, major), state_bytes, major);
 }
 
 // The arguments of every launch into `out`; returns their number.

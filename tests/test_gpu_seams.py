@@ -33,6 +33,14 @@ for rule in (fastl2o.LSTMRule(4, 1), fastl2o.RNNPropRule(4, 1)):
         with fastl2o.backend(name):
             ops.step_(rule, [param], [grad.clone()], [state], [count], lr=0.5)
         results.append([param, state, count])
+        state, grads, weights = rule.init_state(grad), torch.stack([grad, -grad]), torch.ones(2, 1)
+        meta = rule.flat_parameters().detach().requires_grad_()
+        with fastl2o.backend(name):
+            update, state = ops.step(rule, grad, state, 1, meta)
+            results[-1] += [update.detach(), *torch.autograd.grad(update.sum() + state.sum(), meta)]
+            results[-1] += ops.unroll_backward(
+                rule, grads[:, None], rule.init_state(grad[None]), weights, steps=1, lr=0.5
+            )
     for kernel, reference in zip(*results, strict=True):
         torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-5)
 print("alike")
@@ -110,17 +118,19 @@ def test_cuda_library_is_left_alone_under_a_torch_without_cuda(
     assert "FASTL2O_CUDA=1 make build" in _load.load_cuda_extension(tmp_path).reason
 
 
-def test_triton_takes_the_in_place_step_only(present: dict[str, str]) -> None:
-    rule = LSTMRule(2, 1)
-    for in_place, chosen in ((True, "triton"), (False, "reference")):
-        refuses = _ops_gpu.objections(rule, CUDA, in_place=in_place)
-        present["cuda"] = "no library"
-        assert backends.choose(CUDA, "", refuses) == chosen
+def test_triton_takes_what_cuda_does_not(
+    present: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ops_gpu, "_cuda_refuses", lambda *_: "its kernels do not take this size")
+    refuses = _ops_gpu.objections(LSTMRule(2, 1), CUDA)
+    assert backends.choose(CUDA, "", refuses) == "triton"
     with (
-        fastl2o.backend("triton"),
-        pytest.raises(RuntimeError, match="forced, but it has only the in-place step"),
+        fastl2o.backend("cuda"),
+        pytest.raises(RuntimeError, match="forced, but its kernels do not take this size"),
     ):
-        backends.choose(CUDA, "", _ops_gpu.objections(rule, CUDA, in_place=False))
+        backends.choose(CUDA, "", refuses)
+    present["triton"] = "not installed"
+    assert backends.choose(CUDA, "", refuses) == "reference"
 
 
 def test_lists_of_several_dtypes_are_refused_by_gpu_steps() -> None:
@@ -159,7 +169,7 @@ def test_importing_and_stepping_do_not_import_triton() -> None:
 
 
 @needs_triton
-def test_forced_triton_steps_in_the_interpreter() -> None:
+def test_forced_triton_runs_in_the_interpreter() -> None:
     assert run_python(INTERPRETED, TRITON_INTERPRET="1").split() == ["alike"]
 
 
@@ -179,7 +189,7 @@ def test_direct_calls_of_the_gpu_ops_choose_their_backend(
     kernel(named)
     lists = {name: [torch.ones(2)] for name in ("params", "grads", "states")}
     kernel({**lists, "meta": torch.ones(3)})
-    assert calls == ["cuda", "plain", "plain", "triton"]
+    assert calls == ["cuda", "plain", "triton", "triton"]
 
 
 def _as_if_on_cuda(choose: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ POINTERS = {
     "chunks_total": "i32",
     "programs": "i32",
     "chunk": "i64",
+    "seed_low": "i32",
+    "seed_high": "i32",
     "flags": "*i32",
 } | dict.fromkeys(
     ("corrections", "meta", "scratch", "grad_scale", "found_inf"), "*fp32"
@@ -38,6 +41,7 @@ def compiled(name: str, architecture: int, block: int, state: torch.dtype = torc
         "HAS_SCALE": False,
         "HAS_FOUND_INF": False,
         "HAS_FLAGS": False,
+        "STOCHASTIC": False,
     }
     return gpu_common.compile_triton(
         step_kernels.step, POINTERS, constants, architecture, warps=min(4, block // 32)
@@ -83,7 +87,7 @@ def execute(name: str, module: Any, sizes: tuple[int, ...], block: int, state_dt
         [
             tensors, chunks, corrections, rule.flat_parameters().detach(), scratch, one, one,
             unused, len(chunks), len(chunks), block, 1.0, *step.high_low(0.9), *step.high_low(0.5),
-            *step.scalars(rule),
+            *step.scalars(rule), *step.seed_words(0),
         ],
         check_races=True,
         check_uninit=True,
@@ -145,6 +149,80 @@ def test_counts_of_the_default_rule_stay_near_the_memory_floor() -> None:
 def test_executed_ptx_is_as_accurate_as_plain_torch(name: str, state_dtype: torch.dtype) -> None:
     module = compiled(name, 80, 64, state_dtype)
     execute(name, module, (1, 63, 130), 64, state_dtype)
+
+
+@functools.cache
+def helper(name: str, architecture: int, **constants: Any) -> Any:
+    """A helper kernel of the step, `advance` or `find_nonfinite`, as a ptxemu module."""
+    from kernels.lstm import step_kernels
+
+    types = POINTERS | {"count": "i32"}
+    flagged = {"HAS_FOUND_INF": True} | constants
+    return gpu_common.compile_triton(getattr(step_kernels, name), types, flagged, architecture)
+
+
+def table(rows: list[list[int]]) -> np.ndarray:
+    """The kernels' table of tensors."""
+    return np.array(rows, dtype=np.int64)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_executed_scan_flags_the_tensors_that_are_not_finite(found_inf: float) -> None:
+    from kernels.lstm import step
+
+    sizes, block = (1, 130, 300), 128
+    grads = [torch.ones(n) for n in sizes]
+    grads[1][129], grads[2][255] = torch.nan, -torch.inf
+    tensors = table([[0, gpu_common.device_address(g), 0, 0, len(g)] for g in grads])
+    chunks = np.array(step.chunk_rows(sizes, 2 * block), dtype=np.int64).reshape(-1, 2)
+    flags = np.zeros(3, np.int32)
+    helper("find_nonfinite", 80, PARAM=step.DTYPES[torch.float32], BLOCK=block).launch(
+        (len(chunks),),
+        [tensors, chunks, flags, np.float32([found_inf]), len(chunks), 2 * block],
+        check_races=True,
+        check_uninit=True,
+    )
+    assert flags.tolist() == ([0, 0, 0] if found_inf else [0, 1, 1])
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_executed_advance_counts_and_corrects(found_inf: float) -> None:
+    from kernels.lstm import step
+
+    betas, taken = (0.95, 0.999), [0.0, 3.0, 9.0, 100_000.0]
+    counters = [torch.tensor([t]) for t in taken]
+    tensors = table([[0, 0, 0, gpu_common.device_address(c), 1] for c in counters])
+    corrections, flags = np.full((4, 2), np.nan, np.float32), np.array([0, 0, 1, 0], np.int32)
+    logs = [part for beta in betas for part in step.high_low(math.log(beta))]
+    helper("advance", 80, HAS_FLAGS=True, BLOCK=128).launch(
+        (1,),
+        [tensors, corrections, np.float32([found_inf]), flags, 4, *logs],
+        check_races=True,
+        check_uninit=True,
+    )
+    stepped = [] if found_inf else [0, 1, 3]
+    for index, (counter, before) in enumerate(zip(counters, taken, strict=True)):
+        assert counter.item() == before + (index in stepped)
+        if index in stepped:
+            exact = [1.0 / -math.expm1((before + 1) * math.log(beta)) for beta in betas]
+            np.testing.assert_allclose(corrections[index], exact, rtol=1.2e-7)
+        else:
+            assert np.isnan(corrections[index]).all()
+
+
+@pytest.mark.parametrize("architecture", gpu_common.ARCHITECTURES)
+def test_helpers_compile_without_spills(architecture: int) -> None:
+    from kernels.lstm import step
+
+    scan = helper(
+        "find_nonfinite", architecture,
+        PARAM=step.DTYPES[torch.float32], BLOCK=step.SCAN_BLOCK,
+    )  # fmt: skip
+    advance = helper("advance", architecture, HAS_FLAGS=True, BLOCK=step.ADVANCE_BLOCK)
+    for module in (scan, advance):
+        found = gpu_common.resources(module, architecture)
+        assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0)
+        assert found.registers <= 64
 
 
 def test_config_is_a_function_of_the_problem() -> None:

@@ -33,6 +33,7 @@ struct StepTensor {
   // 1 / (1 - beta^t) for this step's t; filled in by step().
   float correction1 = 0;
   float correction2 = 0;
+  uint32_t rounding_key = 0;  // of its place in the list; filled in by step() where it is needed
 };
 
 struct StepOptions {
@@ -43,6 +44,8 @@ struct StepOptions {
   bool unscale = false;  // the rule sees grad / grad_scale, which is also written back
   float grad_scale = 1.0f;
   NonFinite nonfinite = NonFinite::raise;
+  bool stochastic_rounding = false;  // of a bf16 state, from `seed`, which each step must change
+  uint64_t seed = 0;
 };
 
 // One truncation window; see kernels/lstm/README.md for the identity it evaluates.

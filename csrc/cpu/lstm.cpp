@@ -127,6 +127,9 @@ int64_t choose_segment_steps(const TileKernels& kernels, const RuleConfig& confi
 int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
              std::vector<StepTensor>& tensors, const StepOptions& options,
              const ParallelFor& parallel_for) {
+  if (options.stochastic_rounding)
+    for (size_t i = 0; i < tensors.size(); ++i)
+      tensors[i].rounding_key = rounding_key(options.seed, uint32_t(i));
   if (options.nonfinite != NonFinite::pass && !tensors.empty()) {
     const std::vector<bool> bad = find_nonfinite(tensors, parallel_for);
     const auto first = std::find(bad.begin(), bad.end(), true);

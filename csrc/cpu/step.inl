@@ -123,12 +123,46 @@ static void read_state(const StepContext& context, const Segment& part, int firs
                 part.count, to + plane * lanes);
 }
 
+// Planes `first` and `second` of one pair, with the random bits of their coordinates.
+static void write_pair_rounded(const Segment& part, const float* planes, int first, int second,
+                               uint32_t pair, const uint32_t* bases) {
+  constexpr int lanes = kLanes<kStepVectors>;
+  const int64_t numel = part.tensor->numel;
+  const float* from[2] = {planes + part.lane + first * lanes, planes + part.lane + second * lanes};
+  uint16_t* to = static_cast<uint16_t*>(part.tensor->state) + part.offset;
+  uint16_t* targets[2] = {to + first * numel, to + second * numel};
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < part.count; ++i) {
+      const uint32_t bits = float_to_bits(from[half][i]);
+      const uint16_t up_or_down = round_finite(bits, rounding_bits(bases[i], pair) >> 16 * half);
+      targets[half][i] = is_finite_bits(bits) ? up_or_down : float_to_bfloat16(from[half][i]);
+    }
+}
+
+static void write_state_rounded(const StepContext& context, const Segment& part,
+                                const float* planes) {
+  const RuleConfig& config = context.config;
+  uint32_t bases[kLanes<kStepVectors>];
+  for (int i = 0; i < part.count; ++i)
+    bases[i] = rounding_base(part.tensor->rounding_key, part.offset + i);
+  uint32_t pair = 0;
+  for (int layer = 0; layer < config.num_layers; ++layer)
+    for (int unit = 0; unit < config.hidden_size; ++unit)
+      write_pair_rounded(part, planes, config.h_plane(layer) + unit, config.c_plane(layer) + unit,
+                         pair++, bases);
+  if (config.is_rnnprop()) write_pair_rounded(part, planes, 0, 1, pair, bases);
+}
+
 static void write_state(const StepContext& context, const Segment& part, const float* planes) {
   constexpr int lanes = kLanes<kStepVectors>;
   const int num_planes = context.config.state_planes();
   const int64_t numel = part.tensor->numel;
   const float* from = planes + part.lane;
   if (num_planes == 0) return;
+  if (context.options.stochastic_rounding) {
+    write_state_rounded(context, part, planes);
+    return;
+  }
   if (context.options.state_dtype == DType::f32) {
     float* to = static_cast<float*>(part.tensor->state) + part.offset;
     for (int plane = 0; plane < num_planes; ++plane)

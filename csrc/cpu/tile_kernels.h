@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "core.h"
+#include "rounding.h"
 
 namespace fastl2o::cpu {
 

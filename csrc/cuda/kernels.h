@@ -11,7 +11,8 @@ namespace fastl2o::cuda {
 
 enum class DType { f32, f64, bf16, f16 };
 
-// exact: at most twice the error of float32 torch. fast: TF32 products, up to 3e-3 off in h and c.
+// exact: at most twice the error of float32 torch. fast: TF32 products where the device has them,
+// up to 3e-3 off in h and c.
 enum class Precision { exact, fast };
 
 // One tensor of the optimizer: contiguous, `numel` coordinates.

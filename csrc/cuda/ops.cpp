@@ -32,7 +32,7 @@ using fastl2o::cuda::UnrollArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kLeastCapability = 8;  // tf32 tensor cores
+constexpr int kLeastCapability = 75;  // ten times 7.5
 constexpr int kRaise = 2;
 
 RuleConfig make_config(bool rnnprop, int64_t hidden_size, int64_t num_layers, bool log_sign,
@@ -66,11 +66,12 @@ class Call {
     STD_TORCH_CHECK(fastl2o::cuda::supported(config), "no CUDA kernels for hidden_size ",
                     config.hidden_size, " and num_layers ", config.num_layers,
                     "; use the Triton or the reference backend");
-    int major = 0;
+    int major = 0, minor = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    STD_TORCH_CHECK(major >= kLeastCapability, "the CUDA kernels need compute capability ",
-                    kLeastCapability, ".0, device ", device_, " has ", major,
-                    ".x; use the Triton backend");
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    STD_TORCH_CHECK(10 * major + minor >= kLeastCapability,
+                    "the CUDA kernels need compute capability 7.5, device ", device_, " has ",
+                    major, ".", minor, "; use the Triton backend");
     check(meta, ScalarType::Float, "meta");
     STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
                     " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");

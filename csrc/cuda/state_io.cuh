@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "rounding.h"
 #include "step_args.h"
 
 namespace fastl2o::cuda {
@@ -27,9 +28,17 @@ __device__ __forceinline__ uint16_t float_to_half(float value) {
 }
 // Two at once: `low` in the lower half.
 __device__ __forceinline__ uint32_t floats_to_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  const auto rounded = [](float value) {  // to nearest even; NaN is 0x7fff, as in the instruction
+    const uint32_t bits = __float_as_uint(value);
+    return value == value ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+  };
+  return rounded(low) | rounded(high) << 16;
+#else
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+#endif
 }
 
 // One element of a parameter or gradient. The branch is the same for a whole launch.
@@ -50,26 +59,10 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t a
   }
 }
 
-// Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011):
-// random bits that depend on the counter and the key alone.
-__device__ __forceinline__ uint4 philox(uint4 counter, uint64_t seed) {
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * counter.x, b = uint64_t(0xCD9E8D57u) * counter.z;
-    counter = make_uint4(uint32_t(b >> 32) ^ counter.y ^ key0, uint32_t(b),
-                         uint32_t(a >> 32) ^ counter.w ^ key1, uint32_t(a));
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return counter;
-}
-
-// Up or down in proportion to the distance, from 16 random bits. NaN and infinity stay.
+// `random`: its lower 16 bits. NaN and infinity stay.
 __device__ __forceinline__ bf16 round_stochastically(float value, uint32_t random) {
   const uint32_t bits = __float_as_uint(value);
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return finite ? bf16((bits + (random & 0xffffu)) >> 16) : bf16(floats_to_bf16(value, 0.0f));
+  return is_finite_bits(bits) ? round_finite(bits, random) : bf16(floats_to_bf16(value, 0.0f));
 }
 
 // Where the lanes of a warp stand in a tile. With g = lane / 4 and t = lane % 4 a lane holds four
@@ -157,9 +150,9 @@ __device__ __forceinline__ void load_four(const bf16* plane, const Lane& lane, f
   }
 }
 
-// `random` is 16 bits a value, for stochastic rounding only.
+// `random`, its lower 16 bits for each value, is for stochastic rounding only.
 __device__ __forceinline__ void store_four(float* plane, const Lane& lane, const float (&in)[4],
-                                           bool, uint32_t, uint32_t) {
+                                           bool, const uint32_t (&)[4]) {
   if (lane.vector) {
     if (lane.first < lane.count)
       store_vector(plane + lane.first, make_uint4(__float_as_uint(in[0]), __float_as_uint(in[1]),
@@ -173,13 +166,13 @@ __device__ __forceinline__ void store_four(float* plane, const Lane& lane, const
   }
 }
 __device__ __forceinline__ void store_four(bf16* plane, const Lane& lane, const float (&in)[4],
-                                           bool stochastic, uint32_t random0, uint32_t random1) {
+                                           bool stochastic, const uint32_t (&random)[4]) {
   uint32_t low, high;
   if (stochastic) {
-    low = round_stochastically(in[0], random0) |
-          uint32_t(round_stochastically(in[1], random0 >> 16)) << 16;
-    high = round_stochastically(in[2], random1) |
-           uint32_t(round_stochastically(in[3], random1 >> 16)) << 16;
+    low = round_stochastically(in[0], random[0]) | uint32_t(round_stochastically(in[1], random[1]))
+                                                       << 16;
+    high = round_stochastically(in[2], random[2]) | uint32_t(round_stochastically(in[3], random[3]))
+                                                        << 16;
   } else {
     low = floats_to_bf16(in[0], in[1]);
     high = floats_to_bf16(in[2], in[3]);

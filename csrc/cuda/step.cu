@@ -44,14 +44,11 @@ struct Device {
 
 Device current_device() {
   Device device;
-  int id = 0, major = 0;
+  int id = 0;
   device.error = cudaGetDevice(&id);
-  if (device.error == cudaSuccess)
-    device.error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   if (device.error == cudaSuccess)
     device.error =
         cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  if (device.error == cudaSuccess && major < 8) device.error = cudaErrorNoKernelImageForDevice;
   return device;
 }
 
@@ -59,16 +56,28 @@ int blocks_for(const Device& device, int64_t units) {
   return int(std::clamp<int64_t>(units, 1, device.multiprocessors));
 }
 
-template <bool kRnnprop, bool kExact, typename State>
-cudaError_t launch(const Device& device, const StepArgs& args, cudaStream_t stream) {
+template <bool kRnnprop, bool kExact, Products kProducts, typename State>
+cudaError_t launch_as(const Device& device, int major, const StepArgs& args, cudaStream_t stream) {
   const auto kernel = step_kernel<kRnnprop, kExact, State>;
-  constexpr int threads = kStepThreads<kExact, sizeof(State)>;
-  constexpr int bytes = SharedLayout<kRnnprop, kExact>::kTotal * int(sizeof(float));
+  const int threads = step_threads(kProducts, sizeof(State), major);
+  constexpr int bytes = SharedLayout<kRnnprop, kProducts>::kTotal * int(sizeof(float));
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   kernel<<<blocks_for(device, args.tiles), threads, bytes, stream>>>(args);
   return cudaGetLastError();
+}
+
+template <bool kRnnprop, bool kExact, typename State>
+cudaError_t launch(const Device& device, const StepArgs& args, cudaStream_t stream) {
+  // Not the device's capability: an older image may have been compiled for it on loading.
+  cudaFuncAttributes image;
+  const cudaError_t error = cudaFuncGetAttributes(&image, step_kernel<kRnnprop, kExact, State>);
+  if (error != cudaSuccess) return error;
+  const int major = image.ptxVersion / 10;
+  if (step_products(kExact, major) == Products::fma)
+    return launch_as<kRnnprop, true, Products::fma, State>(device, major, args, stream);
+  return launch_as<kRnnprop, kExact, step_products(kExact, 8), State>(device, major, args, stream);
 }
 
 template <bool kRnnprop, bool kExact>

@@ -1,4 +1,4 @@
-// The step of 32 coordinates by one warp, 2 x 20 units, on tensor cores.
+// The products of 32 coordinates by one warp, 2 x 20 units.
 //
 // Products are (coordinates x units) (units x gates). A warp's two row tiles of 16 are its 32
 // coordinates: rows g and g + 8 of tile a are coordinates 2a and 2a + 1 of the lanes with
@@ -6,7 +6,8 @@
 // of tiles 2p and 2p + 1 are gates i, f and g, o of unit 4p + t. So a lane ends up with all gates
 // of units 4p + t of its four coordinates, and, the inner index being ordered so that inner group p
 // is the units 4p + (0..3), with just those entries of the next product's left operand: gates, h
-// and c never leave the lane.
+// and c never leave the lane. Multiply-adds leave every number where it is and give the units of
+// the quad's other lanes around, one after the other.
 #pragma once
 
 #include "cells.cuh"
@@ -43,12 +44,31 @@ __device__ void pack_fragments(const StepArgs& args, int layer, int groups, int 
   }
 }
 
-template <bool kRnnprop, bool kExact>
+// The same for multiply-adds: (inner index, unit, gate).
+__device__ inline void pack_rows(const StepArgs& args, int layer, int groups, int inputs,
+                                 float* out) {
+  const int unit_inputs = 4 * groups - kHidden;
+  for (int i = threadIdx.x; i < 4 * groups * 4 * kHidden; i += blockDim.x) {
+    const int k = i / (4 * kHidden), unit = i / 4 % kHidden, row = i % 4 * kHidden + unit;
+    out[i] = k < unit_inputs ? args.meta[args.weight_ih[layer] + row * inputs + k]
+                             : args.meta[args.weight_hh[layer] + row * kHidden + k - unit_inputs];
+  }
+}
+
+template <Products kProducts>
+__device__ void pack_layer(const StepArgs& args, int layer, int groups, int inputs, float* out) {
+  if constexpr (kProducts == Products::fma)
+    pack_rows(args, layer, groups, inputs, out);
+  else
+    pack_fragments<kProducts == Products::tf32_split>(args, layer, groups, inputs, out);
+}
+
+template <bool kRnnprop, Products kProducts>
 __device__ void pack(const StepArgs& args, float* shared) {
-  using Layout = SharedLayout<kRnnprop, kExact>;
+  using Layout = SharedLayout<kRnnprop, kProducts>;
   const int inputs = kRnnprop ? kHidden : args.features;
-  pack_fragments<kExact>(args, 0, kFirstGroups<kRnnprop>, inputs, shared + Layout::kFirst);
-  pack_fragments<kExact>(args, 1, kSecondGroups, kHidden, shared + Layout::kSecond);
+  pack_layer<kProducts>(args, 0, kFirstGroups<kRnnprop>, inputs, shared + Layout::kFirst);
+  pack_layer<kProducts>(args, 1, kSecondGroups, kHidden, shared + Layout::kSecond);
   for (int i = threadIdx.x; i < 4 * kHidden; i += blockDim.x) {
     const int gate = i % 4, unit = i / 4, row = gate * kHidden + unit;
     float* affine = shared + Layout::kAffine + 4 * Layout::kAffineRows * unit + gate;
@@ -68,16 +88,20 @@ __device__ void pack(const StepArgs& args, float* shared) {
   }
 }
 
-// A left operand: units 4G + t of the lane's four coordinates, rounded or in two parts.
-template <bool kExact>
+// A left operand: units 4G + t of the lane's four coordinates, as they are, rounded or in two
+// parts.
+template <Products kProducts>
 struct Operand {
+  static constexpr bool kSplit = kProducts == Products::tf32_split;
   uint32_t high[4];
-  uint32_t low[kExact ? 4 : 1];
+  uint32_t low[kSplit ? 4 : 1];
 
   __device__ __forceinline__ void set(const float (&x)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if constexpr (kExact)
+      if constexpr (kProducts == Products::fma)
+        high[j] = __float_as_uint(x[j]);
+      else if constexpr (kSplit)
         split(x[j], high[j], low[j]);
       else
         high[j] = tf32_nearest(x[j]);
@@ -87,9 +111,10 @@ struct Operand {
 
 // sums[a] += x times the fragments of one column tile, for both row tiles a. The three partial
 // products go to two accumulators: what the small ones round off stays small.
-template <int kGroups, bool kExact>
-__device__ __forceinline__ void multiply(const Operand<kExact> (&x)[kGroups],
+template <int kGroups, Products kProducts>
+__device__ __forceinline__ void multiply(const Operand<kProducts> (&x)[kGroups],
                                          const float* fragments, int lane, float (&sums)[2][4]) {
+  constexpr bool kExact = kProducts == Products::tf32_split;
   constexpr int parts = kExact ? 2 : 1;
   float small[2][4] = {};
 #pragma unroll
@@ -103,7 +128,7 @@ __device__ __forceinline__ void multiply(const Operand<kExact> (&x)[kGroups],
       const uint2 two = *reinterpret_cast<const uint2*>(at);
       b[0] = two.x, b[1] = two.y;
     }
-    const Operand<kExact>&even = x[2 * s], &odd = x[2 * s + 1];
+    const Operand<kProducts>&even = x[2 * s], &odd = x[2 * s + 1];
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
       if constexpr (kExact) {
@@ -117,7 +142,7 @@ __device__ __forceinline__ void multiply(const Operand<kExact> (&x)[kGroups],
     }
   }
   if constexpr (kGroups % 2 == 1) {
-    const Operand<kExact>& last = x[kGroups - 1];
+    const Operand<kProducts>& last = x[kGroups - 1];
     uint32_t b[parts];
     const float* at = fragments + (kGroups - 1) * 32 * parts + lane * parts;
     if constexpr (kExact) {
@@ -142,9 +167,41 @@ __device__ __forceinline__ void multiply(const Operand<kExact> (&x)[kGroups],
       for (int r = 0; r < 4; ++r) sums[a][r] += small[a][r];
 }
 
+// A lane's gates of one unit.
+using UnitSums = float[2][2][4];
 // Gate i, f, g or o of coordinate j.
-__device__ __forceinline__ float& gate_of(float (&sums)[2][2][4], int gate, int j) {
+__device__ __forceinline__ float& gate_of(UnitSums& sums, int gate, int j) {
   return sums[gate / 2][j / 2][2 * (j % 2) + gate % 2];
+}
+
+// sums[p] += x times the weights of the lane's unit of group p, for all groups. Only the loop over
+// the quad's lanes can be rolled, as registers have no index; rolled, it fits the instruction
+// cache.
+template <int kGroups>
+__device__ __forceinline__ void multiply_rows(const Operand<Products::fma> (&x)[kGroups],
+                                              const float* weights, const Lane& lane,
+                                              UnitSums (&sums)[kPairs]) {
+  const float4* const own = reinterpret_cast<const float4*>(weights) + lane.quad;
+#pragma unroll 1
+  for (int other = 0; other < 4; ++other) {
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q) {
+      float unit[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        unit[j] = __uint_as_float(__shfl_sync(0xffffffffu, x[q].high[j], (lane.lane & ~3) + other));
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const float4 four = own[(4 * q + other) * kHidden + 4 * p];
+        const float weight[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            gate_of(sums[p], gate, j) = fmaf(weight[gate], unit[j], gate_of(sums[p], gate, j));
+      }
+    }
+  }
 }
 
 }  // namespace fastl2o::cuda

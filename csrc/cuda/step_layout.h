@@ -1,4 +1,4 @@
-// Sizes of the tensor-core step and where its weights lie in shared memory; host and device.
+// Sizes of the step and where its weights lie in shared memory; host and device.
 #pragma once
 
 namespace fastl2o::cuda {
@@ -11,19 +11,37 @@ template <bool kRnnprop>
 inline constexpr int kFirstGroups = kRnnprop ? 2 * kPairs : kPairs;
 inline constexpr int kSecondGroups = 2 * kPairs;
 
+// How units are multiplied by weights: TF32 tensor cores with operands split in two, the same with
+// rounded operands, or plain multiply-adds, which compute capability 7.5 is left with.
+enum class Products { tf32_split, tf32, fma };
+
+// The first digits of the compute capability being compiled for; the host does not use it.
+#if defined(__CUDA_ARCH__)
+inline constexpr int kDeviceMajor = __CUDA_ARCH__ / 100;
+#else
+inline constexpr int kDeviceMajor = 8;
+#endif
+
+// What the exact or the fast kernel multiplies with.
+constexpr Products step_products(bool exact, int major) {
+  if (major < 8) return Products::fma;
+  return exact ? Products::tf32_split : Products::tf32;
+}
+
 // Threads of a block, one block a multiprocessor: as many as its registers allow without spills.
 // Each quarter holds 16,384 of them: four warps of 128, three of 168 or two of 255 a thread.
-template <bool kExact, int kStateBytes>
-inline constexpr int kStepThreads = !kExact            ? 512
-                                    : kStateBytes == 4 ? 384
-                                                       : 256;
+// 168 spill 48 and 92 bytes on compute capability 10.0 and 12.0.
+constexpr int step_threads(Products products, int state_bytes, int major) {
+  if (products == Products::tf32) return 512;
+  return products == Products::tf32_split && state_bytes == 4 && major < 10 ? 384 : 256;
+}
 
-// Shared memory, in floats: the right operands' fragments of both layers, then for each unit the
-// biases of its gates (for the LSTM rule's first layer also the features' weights), the projection
-// of each unit and the readout.
-template <bool kRnnprop, bool kExact>
+// Shared memory, in floats: the right operands of both layers, then for each unit the biases of its
+// gates (for the LSTM rule's first layer also the features' weights), the projection of each unit
+// and the readout.
+template <bool kRnnprop, Products kProducts>
 struct SharedLayout {
-  static constexpr int kPerGroup = 2 * kPairs * 32 * (kExact ? 2 : 1);
+  static constexpr int kPerGroup = 2 * kPairs * 32 * (kProducts == Products::tf32_split ? 2 : 1);
   static constexpr int kFirst = 0;
   static constexpr int kSecond = kPerGroup * kFirstGroups<kRnnprop>;
   static constexpr int kAffine = kSecond + kPerGroup * kSecondGroups;

@@ -5,18 +5,26 @@
 
 namespace fastl2o::cuda {
 
-// Random bits for stochastic rounding, from the place of what is rounded: tensor, coordinate, group
-// of planes.
+// The random bits of stochastic rounding at a lane's coordinates.
 struct Randomness {
   bool on;
-  uint64_t seed;
-  uint32_t tensor;
-  int64_t coordinate;
+  uint32_t base[4];  // of the four coordinates
+  uint32_t own;      // of the one that the lane owns
 
-  __device__ __forceinline__ uint4 bits(uint32_t planes) const {
-    return on ? philox(make_uint4(uint32_t(coordinate), uint32_t(coordinate >> 32), tensor, planes),
-                       seed)
-              : make_uint4(0, 0, 0, 0);
+  __device__ Randomness(bool on_, uint32_t key, int64_t tile, const Lane& lane) : on(on_) {
+    if (!on) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      base[j] = rounding_base(key, tile + lane.first + (lane.vector ? j : 8 * j));
+    own = rounding_base(key, tile + lane.own);
+  }
+  __device__ __forceinline__ void bits(uint32_t pair, uint32_t (&lower)[4],
+                                       uint32_t (&upper)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      lower[j] = on ? rounding_bits(base[j], pair) : 0;
+      upper[j] = lower[j] >> 16;
+    }
   }
 };
 
@@ -33,15 +41,48 @@ struct Planes {
   }
 };
 
+// The part of the sums of unit 4p + t that does not depend on units: bias and features.
+template <bool kFeatures>
+__device__ __forceinline__ void start_sums(const float (&features)[2][4], const float* affine,
+                                           const Lane& lane, int p, UnitSums& sums) {
+  constexpr int rows = kFeatures ? 3 : 1;
+  const float4* unit = reinterpret_cast<const float4*>(affine) + rows * (4 * p + lane.quad);
+  const float4 bias = unit[0];
+  const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) gate_of(sums, gate, j) = biases[gate];
+  if constexpr (kFeatures) {
+    const float4 first = unit[1], second = unit[2];
+    const float weights[2][4] = {{first.x, first.y, first.z, first.w},
+                                 {second.x, second.y, second.z, second.w}};
+#pragma unroll
+    for (int f = 0; f < 2; ++f)
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          gate_of(sums, gate, j) = fmaf(weights[f][gate], features[f][j], gate_of(sums, gate, j));
+  }
+}
+
 // One layer. `state` starts at the layer's h, c follows kPairs groups on; `x` are the operands of
 // the inputs that are units and of h. Each group's new h goes to `consume(group, h)`.
-template <int kGroups, bool kExact, bool kFeatures, typename State, typename Consume>
-__device__ __forceinline__ void run_layer(const Operand<kExact> (&x)[kGroups],
-                                          const float (&features)[2][4], const float* fragments,
+template <int kGroups, Products kProducts, bool kFeatures, typename State, typename Consume>
+__device__ __forceinline__ void run_layer(const Operand<kProducts> (&x)[kGroups],
+                                          const float (&features)[2][4], const float* weights,
                                           const float* affine, const Planes<State>& state,
                                           const Lane& lane, const Randomness& randomness, int layer,
                                           Consume&& consume) {
-  constexpr int parts = kExact ? 2 : 1;
+  constexpr bool kAtOnce = kProducts == Products::fma;  // all groups' products
+  constexpr int kPerTile = kGroups * 32 * (kProducts == Products::tf32_split ? 2 : 1);
+  UnitSums all[kAtOnce ? kPairs : 1];
+  if constexpr (kAtOnce) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) start_sums<kFeatures>(features, affine, lane, p, all[p]);
+    multiply_rows(x, weights, lane, all);
+  }
   float cell[4], next_cell[4];  // c of this group of units and the next: in flight while one works
   state.read(kPairs, lane, next_cell);
 #pragma unroll
@@ -49,31 +90,12 @@ __device__ __forceinline__ void run_layer(const Operand<kExact> (&x)[kGroups],
 #pragma unroll
     for (int j = 0; j < 4; ++j) cell[j] = next_cell[j];
     if (p + 1 < kPairs) state.read(kPairs + p + 1, lane, next_cell);
-    float sums[2][2][4];
-    constexpr int rows = kFeatures ? 3 : 1;
-    const float4* unit = reinterpret_cast<const float4*>(affine) + rows * (4 * p + lane.quad);
-    const float4 bias = unit[0];
-    const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
+    UnitSums& sums = all[kAtOnce ? p : 0];
+    if constexpr (!kAtOnce) {
+      start_sums<kFeatures>(features, affine, lane, p, sums);
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) gate_of(sums, gate, j) = biases[gate];
-    if constexpr (kFeatures) {
-      const float4 first = unit[1], second = unit[2];
-      const float weights[2][4] = {{first.x, first.y, first.z, first.w},
-                                   {second.x, second.y, second.z, second.w}};
-#pragma unroll
-      for (int f = 0; f < 2; ++f)
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            gate_of(sums, gate, j) = fmaf(weights[f][gate], features[f][j], gate_of(sums, gate, j));
+      for (int q = 0; q < 2; ++q) multiply(x, weights + (2 * p + q) * kPerTile, lane.lane, sums[q]);
     }
-#pragma unroll
-    for (int q = 0; q < 2; ++q)
-      multiply<kGroups, kExact>(x, fragments + (2 * p + q) * kGroups * 32 * parts, lane.lane,
-                                sums[q]);
 
     float next[4], output[4];
 #pragma unroll
@@ -82,10 +104,10 @@ __device__ __forceinline__ void run_layer(const Operand<kExact> (&x)[kGroups],
       next[j] = fmaf(sigmoid(gate_of(sums, 1, j)), cell[j], entering);
       output[j] = sigmoid(gate_of(sums, 3, j)) * tanh_accurate(next[j]);
     }
-    const uint4 random = randomness.bits(4 * (layer * kPairs + p) + lane.quad);
-    store_four(state.to + p * state.group_stride, lane, output, randomness.on, random.x, random.y);
-    store_four(state.to + (kPairs + p) * state.group_stride, lane, next, randomness.on, random.z,
-               random.w);
+    uint32_t random_h[4], random_c[4];
+    randomness.bits(layer * kHidden + 4 * p + lane.quad, random_h, random_c);
+    store_four(state.to + p * state.group_stride, lane, output, randomness.on, random_h);
+    store_four(state.to + (kPairs + p) * state.group_stride, lane, next, randomness.on, random_c);
     consume(p, output);
   }
 }
@@ -110,9 +132,9 @@ __device__ __forceinline__ void run_moments(const StepArgs& args, const State* f
   out[0] = moments.g_scaled;
   out[1] = moments.m_scaled;
   if (!lane.owns) return;
-  const uint4 random = randomness.bits(8 * kPairs + lane.quad);
-  store_one(to, lane.own, moments.m, randomness.on, random.x);
-  store_one(to + numel, lane.own, moments.v, randomness.on, random.y);
+  const uint32_t random = randomness.on ? rounding_bits(randomness.own, 2 * kHidden) : 0;
+  store_one(to, lane.own, moments.m, randomness.on, random);
+  store_one(to + numel, lane.own, moments.v, randomness.on, random >> 16);
 }
 
 // Sums over the four lanes of a group; lane t of it gets the sum of coordinate t.
@@ -141,10 +163,10 @@ __device__ __forceinline__ void apply_update(const StepArgs& args, void* param, 
   }
 }
 
-template <bool kRnnprop, bool kExact, typename State>
+template <bool kRnnprop, Products kProducts, typename State>
 __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_t base,
                           uint32_t tensor, const float* shared) {
-  using Layout = SharedLayout<kRnnprop, kExact>;
+  using Layout = SharedLayout<kRnnprop, kProducts>;
   constexpr int kMoments = kRnnprop ? 2 : 0;
   const int64_t numel = entry.numel;
   State* const old_state = static_cast<State*>(entry.state);
@@ -154,8 +176,8 @@ __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_
   const uint64_t addresses = reinterpret_cast<uint64_t>(old_state) |
                              reinterpret_cast<uint64_t>(new_state) | numel * sizeof(State);
   const Lane lane(addresses % (4 * sizeof(State)) == 0, int(min(numel - base, int64_t(kTile))));
-  const Randomness randomness = {sizeof(State) == 2 && args.stochastic_rounding, args.seed, tensor,
-                                 base + lane.first};
+  const Randomness randomness(sizeof(State) == 2 && args.stochastic_rounding,
+                              rounding_key(args.seed, tensor), base, lane);
 
   const int64_t offset = (kMoments + lane.quad) * numel + base;
   const Planes<State> first = {old_state + offset, new_state + offset, 4 * numel};
@@ -186,7 +208,7 @@ __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_
   lane.gather(own[1], features[1]);
 
   constexpr int kGroups = kFirstGroups<kRnnprop>;
-  Operand<kExact> inputs[kGroups];
+  Operand<kProducts> inputs[kGroups];
   if constexpr (kRnnprop) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -201,14 +223,14 @@ __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_
   }
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) inputs[kGroups - kPairs + p].set(h[p]);
-  run_layer<kGroups, kExact, !kRnnprop>(inputs, features, shared + Layout::kFirst,
-                                        shared + Layout::kAffine, first, lane, randomness, 0,
-                                        [&](int p, const float (&output)[4]) {
+  run_layer<kGroups, kProducts, !kRnnprop>(inputs, features, shared + Layout::kFirst,
+                                           shared + Layout::kAffine, first, lane, randomness, 0,
+                                           [&](int p, const float (&output)[4]) {
 #pragma unroll
-                                          for (int j = 0; j < 4; ++j) h[p][j] = output[j];
-                                        });
+                                             for (int j = 0; j < 4; ++j) h[p][j] = output[j];
+                                           });
 
-  Operand<kExact> middle[2 * kPairs];
+  Operand<kProducts> middle[2 * kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) middle[p].set(h[p]);
 #pragma unroll
@@ -216,7 +238,7 @@ __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) middle[kPairs + p].set(h[p]);
   float partial[4] = {};
-  run_layer<2 * kPairs, kExact, false>(
+  run_layer<2 * kPairs, kProducts, false>(
       middle, features, shared + Layout::kSecond, shared + Layout::kAffineSecond, second, lane,
       randomness, 1, [&](int p, const float (&output)[4]) {
         const float weight = shared[Layout::kReadout + 4 * p + lane.quad];
@@ -239,16 +261,12 @@ __device__ __forceinline__ void count_steps(const StepArgs& args) {
 }
 
 // Consecutive tiles go to different blocks, so that a few tiles already fill the device.
-template <bool kRnnprop, bool kExact, typename State>
-__global__ void __launch_bounds__(kStepThreads<kExact, sizeof(State)>, 1)
-    step_kernel(const __grid_constant__ StepArgs args) {
-#if __CUDA_ARCH__ >= 800  // TF32 and bf16 conversions; the host refuses older devices
-  extern __shared__ float4 shared_memory[];
-  float* const shared = reinterpret_cast<float*>(shared_memory);
+template <bool kRnnprop, Products kProducts, typename State>
+__device__ __forceinline__ void step_block(const StepArgs& args, float* shared) {
   if (blockIdx.x == 0) count_steps(args);
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
   if (args.skip_all != nullptr && *args.skip_all != 0) return;
-  pack<kRnnprop, kExact>(args, shared);
+  pack<kRnnprop, kProducts>(args, shared);
   __syncthreads();
 
   int index = 0;
@@ -257,10 +275,25 @@ __global__ void __launch_bounds__(kStepThreads<kExact, sizeof(State)>, 1)
     while (index + 1 < args.tensors && tile >= args.table[index + 1].first_tile) ++index;
     if (args.skip != nullptr && args.skip[index] != 0) continue;
     const TensorEntry& entry = args.table[index];
-    step_tile<kRnnprop, kExact, State>(args, entry, (tile - entry.first_tile) * kTile,
-                                       uint32_t(args.first_tensor + index), shared);
+    step_tile<kRnnprop, kProducts, State>(args, entry, (tile - entry.first_tile) * kTile,
+                                          uint32_t(args.first_tensor + index), shared);
   }
-#endif
+}
+
+template <bool kExact>
+inline constexpr Products kDeviceProducts = step_products(kExact, kDeviceMajor);
+template <bool kExact, typename State>
+inline constexpr int kDeviceThreads =
+    step_threads(kDeviceProducts<kExact>, sizeof(State), kDeviceMajor);
+
+// Where there are only multiply-adds the host launches the exact kernel, and the other is empty.
+template <bool kRnnprop, bool kExact, typename State>
+__global__ void __launch_bounds__(kDeviceThreads<kExact, State>, 1)
+    step_kernel(const __grid_constant__ StepArgs args) {
+  extern __shared__ float4 shared_memory[];
+  if constexpr (kExact || kDeviceProducts<kExact> != Products::fma)
+    step_block<kRnnprop, kDeviceProducts<kExact>, State>(args,
+                                                         reinterpret_cast<float*>(shared_memory));
 }
 
 }  // namespace fastl2o::cuda

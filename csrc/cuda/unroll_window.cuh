@@ -25,6 +25,7 @@ struct Window {
 
   const WindowArgs& args;
   float* const shared;
+  float* const aside;
   float* const replayed;  // (T - 1, S, 32): the states before steps 1 ..
   const Place place;
   const int64_t total;  // N
@@ -33,10 +34,12 @@ struct Window {
   bool inside = false;  // lanes beyond N compute on zeros and give zero gradients
   MomentDecay decay;
 
-  __device__ Window(const WindowArgs& arguments, float* shared_memory, float* scratch)
+  __device__ Window(const WindowArgs& arguments, float* shared_memory, float* put_aside,
+                    float* states)
       : args(arguments),
         shared(shared_memory),
-        replayed(scratch),
+        aside(put_aside),
+        replayed(states),
         total(arguments.window.runs * arguments.window.dim),
         decay{arguments.beta1,
               arguments.beta2,
@@ -271,7 +274,7 @@ struct Window {
 #pragma unroll
       for (int j = 0; j < kOwned; ++j) c_before[layer][j] = state[layer].c[j];
     constexpr int part = kOwned * kWindowThreads;
-    float* const first_adjoint = shared + Layout::kFirstGates + 6 * part;
+    float* const first_adjoint = aside + Layout::kFirstGates + 6 * part;
     stash(adjoint[0].h, first_adjoint);
     stash(adjoint[0].c, first_adjoint + part);
     {
@@ -282,7 +285,7 @@ struct Window {
               shared + Layout::kFeatures);
     }
     __syncthreads();
-    stash(forward(0, state[0]), c_before[0], shared + Layout::kFirstGates);
+    stash(forward(0, state[0]), c_before[0], aside + Layout::kFirstGates);
     put(Layout::kSecond, kHidden, state[0].h);
     __syncthreads();
     const Gates second = forward(1, state[1]);
@@ -316,15 +319,15 @@ struct Window {
     for (int j = 0; j < kOwned; ++j) adjoint[0].h[j] += d_x[j];
     __syncthreads();
     Gates first;
-    fetch(shared + Layout::kFirstGates, first, c_before[0]);
+    fetch(aside + Layout::kFirstGates, first, c_before[0]);
     cell_backward<kRow>(first, c_before[0], place, adjoint[0], d_gates);
     __syncthreads();
     {
       FirstGradient sum = FirstGradient::of_step(shared + Layout::kFirst, d_gates, place);
       FirstGradient before;
-      fetch(shared + Layout::kFirstSums, before.sums);
+      fetch(aside + Layout::kFirstSums, before.sums);
       sum += before;
-      stash(sum.sums, shared + Layout::kFirstSums);
+      stash(sum.sums, aside + Layout::kFirstSums);
     }
     transposed_product<kRnnprop, kRow>(d_gates, shared + Layout::kFirstWeights, place, adjoint[0].h,
                                        d_x);

@@ -108,3 +108,53 @@ def layer_offset(layer, rnnprop, features, hidden):
     for number in range(layer):
         offset += 4 * hidden * ((hidden if number else inputs) + hidden + 1)
     return offset
+
+
+@triton.jit
+def lstm_cell_backward(i, f, g, o, c, d_h, d_c):
+    """Gradients of the four preactivations and of the old c, given those of the new h and c."""
+    exp_i, exp_f, exp_o = bounded_exp(-i), bounded_exp(-f), bounded_exp(-o)
+    i, f, o = 1.0 / (1.0 + exp_i), 1.0 / (1.0 + exp_f), 1.0 / (1.0 + exp_o)
+    numerator, denominator = tanh_fraction(g)
+    candidate = numerator / denominator
+    numerator, denominator = tanh_fraction(f * c + i * candidate)
+    tanh_c = numerator / denominator
+    d_c += d_h * o * (1.0 - tanh_c * tanh_c)
+    # s (1 - s) = e^-a s^2, which does not cancel where s is near 1.
+    d_i = d_c * candidate * (exp_i * i * i)
+    d_f = d_c * c * (exp_f * f * f)
+    d_g = d_c * i * (1.0 - candidate * candidate)
+    d_o = d_h * tanh_c * (exp_o * o * o)
+    return d_i, d_f, d_g, d_o, d_c * f
+
+
+@triton.jit
+def log_sign_features_backward(d_first, d_second, grad, p, eps, exp_p):
+    """dL/d(grad) from the gradients of the two features; flat where a feature is clipped."""
+    magnitude = tl.maximum(
+        tl.abs(grad) + eps, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL
+    )
+    sign = tl.where(grad > 0.0, 1.0, tl.where(grad < 0.0, -1.0, 0.0))
+    logarithmic = tl.div_rn(tl.log(magnitude), p) >= -1.0
+    slope = tl.where(logarithmic, tl.div_rn(sign, p * magnitude), 0.0)
+    return d_first * slope + d_second * tl.where(tl.abs(grad * exp_p) <= 1.0, exp_p, 0.0)
+
+
+@triton.jit
+def moment_features_backward(
+    d_g_scaled, d_m_scaled, d_m, d_v, grad, v, g_scaled, m_scaled, correction1, correction2,
+    beta1, beta2, rest1, rest2,
+):  # fmt: skip
+    """dL/d(grad) and the adjoints of the old moments, from those of the features and new moments.
+
+    `v` is the new second moment; the other arguments are as in `moment_features`.
+    """
+    root = tl.sqrt_rn(v * correction2)
+    rms = root + 1e-8
+    d_rms = -(d_g_scaled * g_scaled + d_m_scaled * m_scaled) / rms
+    # The root has no slope at 0; there v is 0 because every gradient was.
+    zero = root == 0.0
+    d_v += tl.where(zero, 0.0, 0.5 * d_rms * correction2 / tl.where(zero, 1.0, root))
+    d_m += d_m_scaled * correction1 / rms
+    d_grad = d_g_scaled / rms + rest1 * d_m + 2.0 * rest2 * grad * d_v
+    return d_grad, beta1 * d_m, beta2 * d_v

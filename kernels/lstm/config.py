@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 WARP = 32
 # Numbers that a thread keeps for the inputs of its coordinates; more than this and registers spill.
@@ -69,3 +71,52 @@ def step_config(
     while coordinates > chunk * MAX_CHUNKS:
         chunk *= 2
     return StepConfig(block, warps, chunk, None if float32_state else MAX_SCRATCH_PROGRAMS)
+
+
+# Steps whose states are kept at once. A longer window replays twice, from states between segments.
+MAX_SEGMENT = 32
+# Programs of a window. Their scratch for 20 steps of 2 x 20 is 1 MB each.
+MAX_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Launch parameters of the window backward.
+
+    Attributes:
+        block: coordinates of a tile; a multiple of a warp's threads.
+        warps: warps of a program.
+        programs: programs, each with a scratch and a partial sum of the weight gradient.
+        segment: steps whose states are kept at once.
+        segments: how many of these make up the window.
+        scratch_rows: rows of `block` floats of one program's scratch.
+    """
+
+    block: int
+    warps: int
+    programs: int
+    segment: int
+    segments: int
+    scratch_rows: int
+
+
+def window_config(rule: Any, coordinates: int, steps: int) -> WindowConfig:
+    """The parameters for `coordinates` coordinates and `steps` steps.
+
+    A program is one warp: its products cross coordinates, and so no warp waits for another. A
+    thread takes four coordinates, which share the loads of weights, or fewer where programs would
+    be left without a tile; RNNprop two, since it spilled with four (32 bytes on sm_100). A window
+    longer than MAX_SEGMENT is cut so that the states between segments and those of one segment are
+    about as many, 2 sqrt(T) in all.
+    """
+    lanes = 2 if rule.family == "rnnprop" else 4
+    while lanes > 1 and coordinates < MAX_PROGRAMS * WARP * lanes:
+        lanes //= 2
+    block = WARP * lanes
+    segments = 1 if steps <= MAX_SEGMENT else -(-steps // max(MAX_SEGMENT, math.isqrt(steps)))
+    segment = -(-steps // segments)
+    segments = -(-steps // segment)
+    rows = (segments + segment + 1) * rule.state_planes + 6 * rule.hidden_size + 6
+    return WindowConfig(
+        block, 1, min(MAX_PROGRAMS, -(-coordinates // block)), segment, segments, rows
+    )

@@ -165,6 +165,7 @@ def step_(
     nonfinite_mode: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding_seed: int | None = None,
 ) -> None:
     """theta <- (1 - lr weight_decay) theta + lr u for every tensor of the lists, in place.
 
@@ -185,6 +186,7 @@ def step_(
         grad_scale: one float32 number on the device, or None: the rule sees grad / grad_scale, and
             that is written to grads.
         found_inf: one float32 number on the device, or None: if it is not 0, nothing is changed.
+        rounding_seed: signed 64-bit number to round bfloat16 states stochastically with, or None.
 
     Raises:
         RuntimeError: RAISE, and a gradient holds NaN or Inf.
@@ -228,10 +230,19 @@ def step_(
                 plan.tensors, plan.chunks, plan.corrections, meta, plan.scratch, scale, found,
                 plan.flags, len(plan.chunks), plan.programs, plan.config.chunk,
                 -1.0 if maximize else 1.0, *high_low(1.0 - lr * weight_decay), *high_low(lr),
-                *scalars(rule), STATE=DTYPES[states[0].dtype], BLOCK=plan.config.block,
+                *scalars(rule), *seed_words(rounding_seed or 0),
+                STATE=DTYPES[states[0].dtype], BLOCK=plan.config.block,
+                STOCHASTIC=rounding_seed is not None,
                 HAS_SCALE=grad_scale is not None, num_warps=plan.config.warps,
                 enable_fp_fusion=True, **dtypes, **flagged, **constants(rule),
             )  # fmt: skip
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """The lower and the upper half of a 64-bit seed as signed 32-bit numbers."""
+    halves = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    low, high = (half - (1 << 32) if half >> 31 else half for half in halves)
+    return low, high
 
 
 def constants(rule: Any) -> dict[str, Any]:

@@ -108,15 +108,49 @@ def load_rows(base, stride, lanes, valid, ROWS: tl.constexpr):
 
 
 @triton.jit
+def mix_bits(x):
+    """The hash of csrc/include/rounding.h on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounding_base(seed_low, seed_high, tensor, coordinates):
+    """What the random bits of a tensor's coordinates, int64, depend on besides the plane."""
+    key = mix_bits(seed_low.to(tl.uint32, bitcast=True) + tensor.to(tl.uint32))
+    key = mix_bits(key ^ seed_high.to(tl.uint32, bitcast=True))
+    return mix_bits(mix_bits(coordinates.to(tl.uint32) ^ key) + (coordinates >> 32).to(tl.uint32))
+
+
+@triton.jit
+def rounded(value, base, pair, UPPER: tl.constexpr, STATE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A float32 value as it is stored; `pair` and UPPER say of which plane."""
+    out = value.to(STATE)
+    if STOCHASTIC:
+        random = mix_bits(
+            base ^ (tl.cast(pair + 1, tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32))
+        )
+        random = random >> 16 if UPPER else random & 0xFFFF
+        bits = value.to(tl.uint32, bitcast=True)
+        up_or_down = ((bits + random) >> 16).to(tl.uint16).to(STATE, bitcast=True)
+        # NaN and infinity stay.
+        out = tl.where((bits & 0x7F800000) == 0x7F800000, out, up_or_down)
+    return out
+
+
+@triton.jit
 def layer(
     x, state, numel, lanes, valid, weights, hidden, hidden_stride, hidden_lanes, readout,
-    INPUTS: tl.constexpr, H: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+    base, first_pair, INPUTS: tl.constexpr, H: tl.constexpr, TOP: tl.constexpr,
+    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """One layer on inputs x: its new state in the planes, the readout's sum if it is the top one.
 
     `state` points at the layer's planes h, then c. Unless it is the top layer, the new h also goes
-    to `hidden` as float32.
+    to `hidden` as float32. `base` and `first_pair` place the random bits of its first unit.
     """
+    STATE: tl.constexpr = state.dtype.element_ty
     h = load_rows(state, numel, lanes, valid, H)
     out = tl.zeros((BLOCK,), tl.float32)
     bias = weights + 4 * H * (INPUTS + H)
@@ -140,8 +174,10 @@ def layer(
             g += h[k] * tl.load(row + 2 * H * H + k)
             o += h[k] * tl.load(row + 3 * H * H + k)
         h_next, c = cells.lstm_cell(i, f, g, o, c)
-        tl.store(c_ptr, c.to(state.dtype.element_ty), valid)
-        tl.store(state + unit * numel + lanes, h_next.to(state.dtype.element_ty), valid)
+        pair = first_pair + unit
+        tl.store(c_ptr, rounded(c, base, pair, True, STATE, STOCHASTIC), valid)
+        h_stored = rounded(h_next, base, pair, False, STATE, STOCHASTIC)
+        tl.store(state + unit * numel + lanes, h_stored, valid)
         if TOP:
             out += h_next * tl.load(readout + unit)
         elif state.dtype.element_ty != tl.float32:
@@ -160,19 +196,21 @@ def project(weights, first, second, H: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["chunks_total", "programs"])
+@triton.jit(do_not_specialize=["chunks_total", "programs", "seed_low", "seed_high"])
 def step(
     tensors, chunks, corrections, meta, scratch, grad_scale, found_inf, flags,
     chunks_total, programs, chunk, sign, keep, keep_low, lr, lr_low,
-    scale, p, eps, exp_p, beta1, beta2, rest1, rest2,
+    scale, p, eps, exp_p, beta1, beta2, rest1, rest2, seed_low, seed_high,
     PARAM: tl.constexpr, STATE: tl.constexpr, RNNPROP: tl.constexpr, LOG_SIGN: tl.constexpr,
     LAYERS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """theta <- keep theta + lr u for every coordinate of every tensor, and the new state.
 
     `sign` is -1 to maximize; keep = 1 - lr * weight_decay; the `_low` parts complete keep and lr to
-    float64 for float64 parameters.
+    float64 for float64 parameters. `seed_low` and `seed_high` are int32; with STOCHASTIC they seed
+    the rounding of the state.
     """
     FEATURES: tl.constexpr = 2 if RNNPROP or LOG_SIGN else 1
     INPUTS: tl.constexpr = H if RNNPROP else FEATURES
@@ -197,6 +235,9 @@ def step(
                 grad = tl.div_rn(grad, tl.load(grad_scale))
                 tl.store(grad_ptr + lanes, grad.to(PARAM), valid)
             grad *= sign
+            base = lanes
+            if STOCHASTIC:
+                base = rounding_base(seed_low, seed_high, tensor, lanes)
             if RNNPROP:
                 m, v, g_scaled, m_scaled = cells.moment_features(
                     grad, tl.load(state + lanes, valid, 0.0).to(tl.float32),
@@ -204,8 +245,10 @@ def step(
                     tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1),
                     beta1, beta2, rest1, rest2,
                 )  # fmt: skip
-                tl.store(state + lanes, m.to(STATE), valid)
-                tl.store(state + numel + lanes, v.to(STATE), valid)
+                m = rounded(m, base, LAYERS * H, False, STATE, STOCHASTIC)
+                v = rounded(v, base, LAYERS * H, True, STATE, STOCHASTIC)
+                tl.store(state + lanes, m, valid)
+                tl.store(state + numel + lanes, v, valid)
                 x = project(meta, g_scaled, m_scaled, H)
             elif LOG_SIGN:
                 x = cells.log_sign_features(grad, p, eps, exp_p)
@@ -222,8 +265,8 @@ def step(
                 out = layer(
                     x, planes, numel, lanes, valid,
                     meta + cells.layer_offset(index, RNNPROP, FEATURES, H),
-                    hidden, hidden_stride, hidden_lanes, readout,
-                    INPUTS if index == 0 else H, H, index + 1 == LAYERS, BLOCK,
+                    hidden, hidden_stride, hidden_lanes, readout, base, index * H,
+                    INPUTS if index == 0 else H, H, index + 1 == LAYERS, BLOCK, STOCHASTIC,
                 )  # fmt: skip
                 if index + 1 < LAYERS:
                     # Orders the stores of h before loads by other threads, should there be any.
