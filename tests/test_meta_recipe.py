@@ -77,7 +77,14 @@ def mnist(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["lstm-quadratic", "lstm-mnist-start", "lstm-mnist-middle", "lstm-mnist", "rnnprop-mnist"],
+    [
+        "lstm-quadratic",
+        "lstm-mnist-start",
+        "lstm-mnist-middle",
+        "lstm-mnist-late",
+        "lstm-mnist",
+        "rnnprop-mnist",
+    ],
 )
 def test_committed_recipes_build(name: str, mnist: Path) -> None:
     assert name in recipe_names()
