@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python bench/gpu_counts.py
 from tests import common, cuda_step, gpu_common, test_cuda_step, test_cuda_unroll
 
 CHIPS = {"A100-SXM-80GB": "sm_80", "H100-SXM": "sm_90", "B200": "sm_100"}
@@ -38,6 +39,7 @@ class Kernel:
         launches: the smaller and the larger launch's counts.
         resources: registers and spills for an architecture.
         per_call: launches of one call.
+        threads: of a block for an architecture, where they are not those of the launches.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Kernel:
     launches: Callable[[], tuple[Any, Any]]
     resources: Callable[[str], Any]
     per_call: str
+    threads: Callable[[str], int] | None = None
+
+
+def number(arch: str) -> int:
+    """90 for "sm_90": each chip gets its own compilation, as in the library."""
+    return int(arch.removeprefix("sm_"))
 
 
 def find(resources: dict[str, Any], part: str) -> Any:
@@ -62,8 +70,9 @@ def step_kernel(family: str, precision: str, state: torch.dtype) -> Kernel:
         2 * planes * state.itemsize + 12,
         CUDA_TILES,
         lambda: test_cuda_step.counted(kernel),
-        lambda arch: find(_assembled(cuda_step.module(), arch), kernel.name),
+        lambda arch: find(_assembled(cuda_step.module(number(arch)), arch), kernel.name),
         "ceil(tensors / 64)" + (" + 1" if family == "rnnprop" else ""),
+        lambda arch: kernel.threads_on(number(arch)),
     )
 
 
@@ -83,7 +92,7 @@ def window_kernel(family: str, precision: str) -> Kernel:
     def resources(arch: str) -> Any:
         device = test_cuda_unroll.Device(shared_bytes=SHARED_MEMORY[arch])
         name = test_cuda_unroll.planned(case.make(), device, precision).name
-        return find(_assembled(test_cuda_unroll.module(), arch), name)
+        return find(_assembled(test_cuda_unroll.module(number(arch)), arch), name)
 
     return Kernel(
         f"cuda window backward {family} {precision}, a step",
@@ -131,7 +140,7 @@ def triton_window(family: str) -> Kernel:
         return found[0], found[1]
 
     def resources(arch: str) -> Any:
-        module = test_triton_unroll.window_module(name, int(arch.removeprefix("sm_")), block)
+        module = test_triton_unroll.window_module(name, number(arch), block)
         return next(iter(_assembled(module, arch).values()))
 
     return Kernel(
@@ -190,12 +199,15 @@ def figures(kernel: Kernel) -> dict[str, Any]:
             unit: (predictions[1]["times"][unit] - predictions[0]["times"][unit]) / n
             for unit in predictions[0]["times"]
         }
+        occupancy = predictions[1]["occupancy"]
+        if kernel.threads is not None:
+            occupancy = found.occupancy(kernel.threads(arch), large.smem_dynamic, arch)
         floor = kernel.least_bytes / cuda_step.emulator().roofline.CHIPS[chip].dram
         binding = max(times, key=lambda unit: times[unit])
         chips[chip] = {
             "counted: registers": found.registers,
             "counted: spill bytes": found.spill_stores + found.spill_loads,
-            "predicted: warps a multiprocessor": predictions[1]["occupancy"]["warps"],
+            "predicted: warps a multiprocessor": occupancy["warps"],
             "predicted: bound, ns": times[binding] * 1e9,
             "predicted: binding unit": binding,
             "predicted: DRAM floor, ns": floor * 1e9,
