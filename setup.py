@@ -10,13 +10,15 @@
 
 import os
 import shutil
-import subprocess
+import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc/cuda"))
+from build_library import build_library, find_nvcc
 
 ROOT = Path(__file__).resolve().parent
 # Python 3.10 and torch 2.11: the lowest whose limited API and stable ABI have all that is used.
@@ -30,8 +32,6 @@ CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextr
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # Error messages name source files; not where they lay when they were compiled.
 CPU_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
-# Machine code for 7.5 to 12.x, as 8.0's also runs on 8.6 and 8.9; PTX for 11.0 and what comes.
-CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0+PTX"
 
 
 def switch(name: str, default: str) -> bool:
@@ -40,31 +40,6 @@ def switch(name: str, default: str) -> bool:
     if value not in ("0", "1"):
         raise SystemExit(f"{name} is {value!r}; accepted are 0 and 1")
     return value == "1"
-
-
-def find_nvcc() -> str | None:
-    """The nvcc to build with, None to leave the CUDA library out."""
-    value = os.environ.get("FASTL2O_CUDA", "auto")
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"FASTL2O_CUDA is {value!r}; accepted are auto, 0 and 1")
-    nvcc = None if value == "0" else shutil.which("nvcc")
-    if value == "1" and nvcc is None:
-        raise SystemExit(
-            "FASTL2O_CUDA=1 but nvcc is not on PATH. Install the CUDA toolkit >= 12.8 and add its "
-            "bin folder to PATH, or set FASTL2O_CUDA=0 (GPUs then use Triton)"
-        )
-    return nvcc
-
-
-def architecture_flags() -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, as "8.0;9.0+PTX"."""
-    flags = []
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-    for name in listed.replace(" ", ";").split(";"):
-        number = name.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
-    return flags
 
 
 def cpu_flags() -> list[str]:
@@ -96,36 +71,6 @@ def ops_extension() -> Extension:
     )
 
 
-def build_cuda(nvcc: str, library: Path, temporary: Path) -> None:
-    """Compile csrc/cuda one process a file and link ``library``; what is up to date stays."""
-    from torch.utils.cpp_extension import include_paths
-
-    newest = max((ROOT / name).stat().st_mtime for name in [*headers(), "setup.py"])
-    common = [nvcc, *architecture_flags(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    flags = ["-std=c++20", "-O3", "-DUSE_CUDA", DEFINES[0], *(f"-I{path}" for path in INCLUDES)]
-    flags += [f"-isystem={path}" for path in include_paths()]
-    flags += ["-Xcompiler", f"-ffile-prefix-map={ROOT}/="]
-    flags += ["-Werror", "all-warnings"] if switch("FASTL2O_WERROR", "0") else []
-    temporary.mkdir(parents=True, exist_ok=True)
-
-    def compiled(source: str) -> str:
-        target = temporary / f"{Path(source).name}.o"
-        command = [*common, *flags, "-c", source, "-o", str(target)]
-        record = target.with_suffix(".command")
-        current = target.exists() and record.exists() and record.read_text() == " ".join(command)
-        if not current or target.stat().st_mtime < max(newest, (ROOT / source).stat().st_mtime):
-            subprocess.run(command, check=True, cwd=ROOT)
-            record.write_text(" ".join(command))
-        return str(target)
-
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")))
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # cudart is linked statically; torch's symbols come from the torch that loads the library.
-    subprocess.run([*common, "-shared", *objects, "-o", str(library)], check=True, cwd=ROOT)
-
-
 def ops_command() -> type[Command]:
     from torch.utils.cpp_extension import BuildExtension
 
@@ -142,7 +87,11 @@ def ops_command() -> type[Command]:
             if nvcc is None or self.extensions[0].name != "fastl2o._C":
                 return
             beside = Path(self.get_ext_fullpath("fastl2o._C"))
-            build_cuda(nvcc, beside.with_name("_C_cuda.abi3.so"), Path(self.build_temp, "cuda"))
+            flags = [DEFINES[0], *(f"-I{path}" for path in INCLUDES)]
+            flags += ["-Werror", "all-warnings"] if switch("FASTL2O_WERROR", "0") else []
+            newest = max((ROOT / name).stat().st_mtime for name in [*headers(), "setup.py"])
+            library, objects = beside.with_name("_C_cuda.abi3.so"), Path(self.build_temp, "cuda")
+            build_library(nvcc, library, objects, flags, newest)
 
     return BuildOps
 

@@ -1,26 +1,24 @@
 // The CPU kernels of the fastl2o ops, against the LibTorch stable ABI. Schemas, fakes, autograd and
 // the plain-torch default of each op live in Python (fastl2o/ops.py); this registers the CPU key.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "core.h"
+#include "tensor_args.h"
 
 namespace {
 
+using fastl2o::DType;
 using fastl2o::Family;
+using fastl2o::floats;
+using fastl2o::has_shape;
 using fastl2o::MetaLayout;
+using fastl2o::mutable_floats;
 using fastl2o::RuleConfig;
-using fastl2o::cpu::DType;
 using fastl2o::cpu::StepOptions;
 using fastl2o::cpu::StepTensor;
-using fastl2o::cpu::UnrollArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -69,14 +67,6 @@ void check_config(const RuleConfig& config, const Tensor& meta) {
                   " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
 }
 
-// Whether `tensor` has the shape of `like`, behind a first dimension of `planes` unless that is 0.
-bool has_shape(const Tensor& tensor, const Tensor& like, int64_t planes) {
-  const auto own = tensor.sizes(), other = like.sizes();
-  const size_t ahead = planes == 0 ? 0 : 1;
-  if (own.size() != other.size() + ahead || (ahead == 1 && own[0] != planes)) return false;
-  return std::equal(other.begin(), other.end(), own.begin() + ahead);
-}
-
 void check_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
                   " must be contiguous float32 for the CPU kernels; other types go through the "
@@ -88,33 +78,8 @@ void check_scalar(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == 1, name, " holds ", tensor.numel(), " numbers; expected 1");
 }
 
-// `state` or its gradient beside the gradient `grad` of its coordinates.
-void check_state(const RuleConfig& config, const Tensor& state, const Tensor& grad,
-                 const char* name) {
-  check_floats(state, name);
-  STD_TORCH_CHECK(has_shape(state, grad, config.state_planes()) || config.state_planes() == 0, name,
-                  " must be ", config.state_planes(), " planes of the gradient's shape in front");
-}
-
-const float* floats(const Tensor& tensor) {
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-float* mutable_floats(const Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-
 void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
   torch::stable::parallel_for(0, count, 1, body);
-}
-
-DType dtype_of(ScalarType type, const char* what) {
-  switch (type) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
-  }
 }
 
 struct StepLists {
@@ -149,7 +114,7 @@ DType check_lists(const RuleConfig& config, const StepLists& lists) {
           (*lists.steps)[i].scalar_type() == ScalarType::Float && (*lists.steps)[i].numel() == 1,
           "step ", i, " of the list must be one float32 number");
   }
-  return dtype_of(state_type, "states");
+  return fastl2o::dtype_of(state_type, "states");
 }
 
 void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& meta, double lr,
@@ -185,7 +150,7 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
     tensors.push_back({param.mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
                        lists.states[i].mutable_data_ptr(),
                        lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]),
-                       param.numel(), dtype_of(param.scalar_type(), "params")});
+                       param.numel(), fastl2o::dtype_of(param.scalar_type(), "params")});
   }
   const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta),
                                          tensors, options, parallel_for);
@@ -198,7 +163,8 @@ std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor
                                           const Tensor& state, double step, const Tensor& meta) {
   check_config(config, meta);
   check_floats(grad, "grad");
-  check_state(config, state, grad, "state");
+  check_floats(state, "state");
+  fastl2o::check_planes(config, state, grad, "state");
   Tensor update = torch::stable::empty_like(grad);
   Tensor new_state = torch::stable::empty_like(state);
   fastl2o::cpu::functional_step(fastl2o::cpu::best_kernels(), config, floats(meta), grad.numel(),
@@ -207,34 +173,21 @@ std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor
   return {update, new_state};
 }
 
-// The functional step's backward is a window of one step with dL/du given outright.
 std::tuple<Tensor, Tensor, Tensor> run_functional_backward(const RuleConfig& config,
                                                            const Tensor& d_update,
                                                            const Tensor& d_new_state,
                                                            const Tensor& grad, const Tensor& state,
                                                            double step, const Tensor& meta) {
   check_config(config, meta);
-  const int64_t numel = grad.numel();
   check_floats(grad, "grad");
   check_floats(d_update, "d_update");
-  STD_TORCH_CHECK(has_shape(d_update, grad, 0), "d_update must have the gradient's shape");
-  check_state(config, state, grad, "state");
-  check_state(config, d_new_state, grad, "d_new_state");
+  check_floats(state, "state");
+  check_floats(d_new_state, "d_new_state");
   Tensor d_grad = torch::stable::empty_like(grad);
   Tensor d_state = torch::stable::empty_like(state);
   Tensor d_meta = torch::stable::empty_like(meta);
-  UnrollArgs args;
-  args.steps = args.rows = 1;
-  args.runs = 1;
-  args.dim = numel;
-  args.first_step = step;
-  args.grads = floats(grad);
-  args.state = floats(state);
-  args.d_update = floats(d_update);
-  args.d_last_state = floats(d_new_state);
-  args.d_meta = mutable_floats(d_meta);
-  args.d_state = mutable_floats(d_state);
-  args.d_grads = mutable_floats(d_grad);
+  const auto args = fastl2o::step_window(config, d_update, d_new_state, grad, state, step, d_grad,
+                                         d_state, d_meta);
   fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args,
                                 parallel_for);
   return {d_grad, d_state, d_meta};
@@ -245,35 +198,13 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
                                                const Tensor& loss_weights, int64_t steps, double lr,
                                                double weight_decay) {
   check_config(config, meta);
-  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
-                  " dimensions");
-  UnrollArgs args;
-  args.rows = grads.size(0);
-  args.runs = grads.size(1);
-  args.dim = grads.size(2);
-  args.steps = steps;
-  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows - 1 == steps), "steps is ", steps,
-                  " but grads records ", args.rows, " gradients; accepted are steps or steps + 1");
   check_floats(grads, "grads");
   check_floats(state, "state");
   check_floats(loss_weights, "loss_weights");
-  STD_TORCH_CHECK(state.dim() == 3 && state.size(0) == config.state_planes() &&
-                      state.size(1) == args.runs && state.size(2) == args.dim,
-                  "state must be (", config.state_planes(), ", ", args.runs, ", ", args.dim,
-                  "): the planes of grads' runs and coordinates");
-  STD_TORCH_CHECK(loss_weights.dim() == 2 && loss_weights.size(0) == args.rows &&
-                      loss_weights.size(1) == args.runs,
-                  "loss_weights must be (", args.rows, ", ", args.runs, ")");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
-  args.first_step = step;
-  args.lr = lr;
-  args.weight_decay = weight_decay;
-  args.grads = floats(grads);
-  args.state = floats(state);
-  args.loss_weights = floats(loss_weights);
-  args.d_meta = mutable_floats(d_meta);
-  args.d_state = mutable_floats(d_state);
+  const auto args = fastl2o::recorded_window(config, grads, state, step, loss_weights, steps, lr,
+                                             weight_decay, d_state, d_meta);
   fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args,
                                 parallel_for);
   return {d_meta, d_state};

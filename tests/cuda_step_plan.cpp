@@ -44,7 +44,7 @@ int plan(int rnnprop, int log_sign, const double* constants, uint64_t meta,
   options.weight_decay = weight_decay;
   options.maximize = maximize;
   options.nonfinite = nonfinite;
-  options.param_dtype = cuda::DType(param_dtype);
+  options.param_dtype = DType(param_dtype);
   options.stochastic_rounding = stochastic_rounding;
   options.seed = seed;
   options.grad_scale = reinterpret_cast<const float*>(grad_scale);

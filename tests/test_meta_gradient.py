@@ -16,6 +16,7 @@ from fastl2o.meta.tasks import (
     RandomScaling,
     Task,
     TaskRun,
+    VmapRun,
     WithConvex,
 )
 from fastl2o.rules import Rule
@@ -250,7 +251,7 @@ def test_imitation_gradient_is_autograds_and_follows_adam(
 class Square(Task):
     """f(x) = x^2 from x_0 = 1."""
 
-    class Run(TaskRun):
+    class Run(VmapRun):
         def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
             return params.square().sum()
 

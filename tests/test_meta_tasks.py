@@ -26,7 +26,7 @@ from fastl2o.meta.tasks import (
     SoftmaxRegression,
     SumOf,
     Task,
-    TaskRun,
+    VmapRun,
     WithConvex,
 )
 
@@ -118,7 +118,7 @@ def test_written_out_gradient_is_vmaps(name: str) -> None:
     batch = run.next_batch()
     for got, expected in zip(
         run.loss_and_grad(run.params, batch),
-        TaskRun.loss_and_grad(run, run.params, batch),
+        VmapRun.loss_and_grad(run, run.params, batch),
         strict=True,
     ):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)

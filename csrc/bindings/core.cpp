@@ -79,7 +79,7 @@ py::tuple unroll_backward(const std::string& isa, const py::dict& fields, const 
                           const FloatArray& loss_weights, int64_t steps, double first_step,
                           double lr, double weight_decay, int threads) {
   const RuleConfig config = config_from(fields);
-  fastl2o::cpu::UnrollArgs args;
+  fastl2o::UnrollArgs args;
   args.steps = steps;
   args.rows = grads.shape(0);
   args.runs = grads.shape(1);

@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "kernel_args.h"
 #include "rule_config.h"
 
 #ifdef __FAST_MATH__
@@ -15,7 +16,6 @@
 
 namespace fastl2o::cpu {
 
-enum class DType { f32, f64, bf16, f16 };
 enum class NonFinite { pass = 0, skip = 1, raise = 2 };
 
 // Runs body(begin, end) over disjoint ranges that cover [0, count), perhaps on several threads.
@@ -46,26 +46,6 @@ struct StepOptions {
   NonFinite nonfinite = NonFinite::raise;
   bool stochastic_rounding = false;  // of a bf16 state, from `seed`, which each step must change
   uint64_t seed = 0;
-};
-
-// One truncation window; see kernels/lstm/README.md for the identity it evaluates.
-// R runs of D coordinates, N = R * D. Exactly one of loss_weights and d_update is given.
-struct UnrollArgs {
-  int64_t steps = 0;      // T
-  int64_t rows = 0;       // K: T, or T + 1 when the gradient at the last point is recorded
-  int64_t runs = 0;       // R
-  int64_t dim = 0;        // D
-  double first_step = 0;  // steps taken before the window (RNNprop's bias correction)
-  double lr = 1.0;
-  double weight_decay = 0.0;
-  const float* grads = nullptr;         // (K, N)
-  const float* state = nullptr;         // (S, N), before the window
-  const float* loss_weights = nullptr;  // (K, R): w_t
-  const float* d_update = nullptr;      // (T, N): dL/du_t given outright
-  const float* d_last_state = nullptr;  // (S, N) or null for zero
-  float* d_meta = nullptr;              // (M,), written
-  float* d_state = nullptr;             // (S, N), written
-  float* d_grads = nullptr;             // (T, N) or null: through the rule's inputs
 };
 
 struct TileKernels;

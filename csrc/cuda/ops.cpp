@@ -7,10 +7,7 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
@@ -18,13 +15,15 @@
 #include <vector>
 
 #include "kernels.h"
+#include "tensor_args.h"
 
 namespace {
 
 using fastl2o::Family;
+using fastl2o::floats;
 using fastl2o::MetaLayout;
+using fastl2o::mutable_floats;
 using fastl2o::RuleConfig;
-using fastl2o::cuda::DType;
 using fastl2o::cuda::Precision;
 using fastl2o::cuda::StepOptions;
 using fastl2o::cuda::StepTensor;
@@ -110,26 +109,6 @@ class Call {
 
 Precision precision(bool fast) { return fast ? Precision::fast : Precision::exact; }
 
-const float* floats(const Tensor& tensor) {
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-float* mutable_floats(const Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-
-DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default:
-      STD_TORCH_CHECK(false,
-                      "params must be float32, float64, bfloat16 or float16, states float32 "
-                      "or bfloat16");
-  }
-}
-
 const float* device_scalar(const Call& call, const std::optional<Tensor>& tensor,
                            const char* name) {
   if (!tensor.has_value()) return nullptr;
@@ -194,8 +173,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   options.weight_decay = weight_decay;
   options.maximize = maximize;
   options.nonfinite = int(nonfinite);
-  options.param_dtype = dtype_of(param_type);
-  options.state_dtype = dtype_of(state_type);
+  options.param_dtype = fastl2o::dtype_of(param_type, "params");
+  options.state_dtype = fastl2o::dtype_of(state_type, "states");
   options.precision = precision(fast);
   options.stochastic_rounding = stochastic_rounding;
   options.seed = uint64_t(seed);
@@ -215,14 +194,6 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
                   "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
 }
 
-// `planes` of `grad`'s coordinates.
-void check_planes(const Call& call, const Tensor& tensor, const char* name, int64_t planes,
-                  int64_t numel) {
-  call.check(tensor, ScalarType::Float, name);
-  STD_TORCH_CHECK(tensor.numel() == planes * numel, name, " holds ", tensor.numel(),
-                  " numbers; expected ", planes, " planes of ", numel);
-}
-
 std::tuple<Tensor, Tensor> step(Tensor grad, Tensor state, int64_t first_step, Tensor meta,
                                 bool rnnprop, int64_t hidden_size, int64_t num_layers,
                                 bool log_sign, double p, double eps, double scale, double beta1,
@@ -231,8 +202,9 @@ std::tuple<Tensor, Tensor> step(Tensor grad, Tensor state, int64_t first_step, T
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
   const Call call(config, meta);
   const int64_t numel = grad.numel();
-  check_planes(call, grad, "grad", 1, numel);
-  check_planes(call, state, "state", config.state_planes(), numel);
+  call.check(grad, ScalarType::Float, "grad");
+  call.check(state, ScalarType::Float, "state");
+  fastl2o::check_planes(config, state, grad, "state");
   Tensor update = torch::stable::empty_like(grad);
   Tensor new_state = torch::stable::empty_like(state);
   if (numel > 0)
@@ -242,16 +214,21 @@ std::tuple<Tensor, Tensor> step(Tensor grad, Tensor state, int64_t first_step, T
   return {update, new_state};
 }
 
-void run_window(const Call& call, const RuleConfig& config, const Tensor& meta, UnrollArgs& args,
-                bool fast) {
-  const int64_t floats_needed = fastl2o::cuda::unroll_scratch_floats(config, args);
-  const Tensor scratch = call.scratch(floats_needed, ScalarType::Float);
+// The gradient of the meta-parameters is 0 where there is no coordinate.
+void run_window(const Call& call, const RuleConfig& config, const Tensor& meta,
+                const fastl2o::UnrollArgs& window, Tensor& d_meta, bool fast) {
+  if (window.runs * window.dim == 0) {
+    torch::stable::zero_(d_meta);
+    return;
+  }
+  UnrollArgs args{window};
+  const Tensor scratch =
+      call.scratch(fastl2o::cuda::unroll_scratch_floats(config, args), ScalarType::Float);
   args.scratch = mutable_floats(scratch);
   call.done(
       fastl2o::cuda::unroll_backward(config, floats(meta), args, precision(fast), call.stream()));
 }
 
-// The functional step's backward is a window of one step with dL/du given outright.
 std::tuple<Tensor, Tensor, Tensor> step_backward(Tensor d_update, Tensor d_new_state, Tensor grad,
                                                  Tensor state, int64_t first_step, Tensor meta,
                                                  bool rnnprop, int64_t hidden_size,
@@ -261,29 +238,16 @@ std::tuple<Tensor, Tensor, Tensor> step_backward(Tensor d_update, Tensor d_new_s
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
   const Call call(config, meta);
-  const int64_t numel = grad.numel();
-  check_planes(call, grad, "grad", 1, numel);
-  check_planes(call, d_update, "d_update", 1, numel);
-  check_planes(call, state, "state", config.state_planes(), numel);
-  check_planes(call, d_new_state, "d_new_state", config.state_planes(), numel);
+  call.check(grad, ScalarType::Float, "grad");
+  call.check(d_update, ScalarType::Float, "d_update");
+  call.check(state, ScalarType::Float, "state");
+  call.check(d_new_state, ScalarType::Float, "d_new_state");
   Tensor d_grad = torch::stable::empty_like(grad);
   Tensor d_state = torch::stable::empty_like(state);
   Tensor d_meta = torch::stable::empty_like(meta);
-  UnrollArgs args;
-  args.steps = args.rows = args.runs = 1;
-  args.dim = numel;
-  args.first_step = double(first_step);
-  args.grads = floats(grad);
-  args.state = floats(state);
-  args.d_update = floats(d_update);
-  args.d_last_state = floats(d_new_state);
-  args.d_meta = mutable_floats(d_meta);
-  args.d_state = mutable_floats(d_state);
-  args.d_grads = mutable_floats(d_grad);
-  if (numel == 0)
-    torch::stable::zero_(d_meta);
-  else
-    run_window(call, config, meta, args, fast);
+  const auto window = fastl2o::step_window(config, d_update, d_new_state, grad, state,
+                                           double(first_step), d_grad, d_state, d_meta);
+  run_window(call, config, meta, window, d_meta, fast);
   return {d_grad, d_state, d_meta};
 }
 
@@ -296,33 +260,15 @@ std::tuple<Tensor, Tensor> unroll_backward(Tensor grads, Tensor state, int64_t f
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
   const Call call(config, meta);
-  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
-                  " dimensions");
-  UnrollArgs args;
-  args.rows = grads.size(0);
-  args.runs = grads.size(1);
-  args.dim = grads.size(2);
-  args.steps = steps;
-  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows - 1 == steps), "steps is ", steps,
-                  " but grads records ", args.rows, " gradients; accepted are steps or steps + 1");
-  const int64_t numel = args.runs * args.dim;
-  check_planes(call, grads, "grads", args.rows, numel);
-  check_planes(call, state, "state", config.state_planes(), numel);
-  check_planes(call, loss_weights, "loss_weights", args.rows, args.runs);
+  call.check(grads, ScalarType::Float, "grads");
+  call.check(state, ScalarType::Float, "state");
+  call.check(loss_weights, ScalarType::Float, "loss_weights");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
-  args.first_step = double(first_step);
-  args.lr = lr;
-  args.weight_decay = weight_decay;
-  args.grads = floats(grads);
-  args.state = floats(state);
-  args.loss_weights = floats(loss_weights);
-  args.d_meta = mutable_floats(d_meta);
-  args.d_state = mutable_floats(d_state);
-  if (numel == 0)
-    torch::stable::zero_(d_meta);
-  else
-    run_window(call, config, meta, args, fast);
+  const auto window =
+      fastl2o::recorded_window(config, grads, state, double(first_step), loss_weights, steps, lr,
+                               weight_decay, d_state, d_meta);
+  run_window(call, config, meta, window, d_meta, fast);
   return {d_meta, d_state};
 }
 

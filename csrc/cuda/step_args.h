@@ -19,17 +19,20 @@ struct TensorEntry {
   int64_t first_tile;  // tiles of the tensors before it in the table
 };
 
-struct StepArgs {
+// The rule's constants as the kernels multiply by them.
+struct RuleNumbers {
+  int32_t features;  // 1: the gradient itself, 2: log and sign
+  float p, inverse_p, exp_p, eps;
+  float output_scale;  // of the readout, or of its tanh; its sign included
+  float beta1, beta2, one_minus_beta1, one_minus_beta2;
+  float log_beta1[2], log_beta2[2];  // each in two parts
+};
+
+struct StepArgs : RuleNumbers {
   const float* meta;
   int32_t projection_weight, projection_bias;  // offsets into meta, as in MetaLayout
   int32_t weight_ih[2], weight_hh[2], bias[2];
   int32_t readout_weight, readout_bias;
-  int32_t features;  // 1: the gradient itself, 2: log and sign
-
-  float inverse_p, exp_p, eps;
-  float output_scale;  // of the readout, or of its tanh
-  float beta1, beta2, one_minus_beta1, one_minus_beta2;
-  float log_beta1[2], log_beta2[2];
 
   double keep, lr;  // theta <- keep theta + lr u
   float first_step;

@@ -16,10 +16,28 @@ inline void split_log(double beta, float (&out)[2]) {
   out[1] = beta == 0.0 ? 0.0f : float(log_beta - double(out[0]));
 }
 
+inline RuleNumbers rule_numbers(const RuleConfig& config) {
+  RuleNumbers out = {};
+  out.features = config.num_features();
+  out.p = float(config.p);
+  out.inverse_p = float(1.0 / config.p);
+  out.exp_p = float(std::exp(config.p));
+  out.eps = config.eps;
+  out.output_scale = config.is_rnnprop() ? -config.step_size : config.output_scale;
+  out.beta1 = float(config.beta1);
+  out.beta2 = float(config.beta2);
+  out.one_minus_beta1 = float(1.0 - config.beta1);
+  out.one_minus_beta2 = float(1.0 - config.beta2);
+  split_log(config.beta1, out.log_beta1);
+  split_log(config.beta2, out.log_beta2);
+  return out;
+}
+
 // What all launches of a step share.
 inline StepArgs shared_args(const RuleConfig& config, const float* meta,
                             const StepOptions& options) {
   StepArgs args = {};
+  static_cast<RuleNumbers&>(args) = rule_numbers(config);
   const MetaLayout layout(config);
   args.meta = meta;
   args.projection_weight = int32_t(layout.projection_weight);
@@ -31,17 +49,6 @@ inline StepArgs shared_args(const RuleConfig& config, const float* meta,
   }
   args.readout_weight = int32_t(layout.readout_weight);
   args.readout_bias = int32_t(layout.readout_bias);
-  args.features = config.num_features();
-  args.inverse_p = float(1.0 / config.p);
-  args.exp_p = float(std::exp(config.p));
-  args.eps = config.eps;
-  args.output_scale = config.is_rnnprop() ? config.step_size : config.output_scale;
-  args.beta1 = float(config.beta1);
-  args.beta2 = float(config.beta2);
-  args.one_minus_beta1 = float(1.0 - config.beta1);
-  args.one_minus_beta2 = float(1.0 - config.beta2);
-  split_log(config.beta1, args.log_beta1);
-  split_log(config.beta2, args.log_beta2);
   args.keep = 1.0 - options.lr * options.weight_decay;
   args.lr = options.lr;
   args.param_dtype = uint8_t(options.param_dtype);

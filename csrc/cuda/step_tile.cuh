@@ -247,8 +247,7 @@ __device__ void step_tile(const StepArgs& args, const TensorEntry& entry, int64_
       });
 
   const float output = reduce_quad(partial, lane.quad) + shared[Layout::kReadout + kHidden];
-  const float update =
-      kRnnprop ? -args.output_scale * tanh_accurate(output) : args.output_scale * output;
+  const float update = args.output_scale * (kRnnprop ? tanh_accurate(output) : output);
   if (lane.owns) apply_update(args, entry.param, base + lane.own, update);
 }
 

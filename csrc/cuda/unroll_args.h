@@ -35,15 +35,10 @@ constexpr bool uses_tensor_cores(int major) { return major >= 8; }
 // multiprocessor of an H100; at T = 20 their replayed states take 103 MB.
 inline constexpr int64_t kMaxPartials = 264;
 
-struct WindowArgs {
+struct WindowArgs : RuleNumbers {
   UnrollArgs window;
   const float* meta;
   MetaLayout layout;
-  int32_t features = 0;  // 1: the gradient itself, 2: log and sign
-  float p = 0, inverse_p = 0, exp_p = 0, eps = 0;
-  float output_scale = 0;  // of the readout, or of its tanh
-  float beta1 = 0, beta2 = 0, one_minus_beta1 = 0, one_minus_beta2 = 0;
-  float log_beta1[2] = {}, log_beta2[2] = {};
   float keep = 0, lr = 0;  // theta <- keep theta + lr u
   int64_t total = 0;       // N
   int64_t tiles = 0;
@@ -67,19 +62,7 @@ inline int64_t window_partials(const UnrollArgs& args, int major) {
 
 inline WindowArgs window_args(const RuleConfig& config, const float* meta, const UnrollArgs& args,
                               int major) {
-  WindowArgs out = {args, meta, MetaLayout(config)};
-  out.features = config.num_features();
-  out.p = float(config.p);
-  out.inverse_p = float(1.0 / config.p);
-  out.exp_p = float(std::exp(config.p));
-  out.eps = config.eps;
-  out.output_scale = config.is_rnnprop() ? -config.step_size : config.output_scale;
-  out.beta1 = float(config.beta1);
-  out.beta2 = float(config.beta2);
-  out.one_minus_beta1 = float(1.0 - config.beta1);
-  out.one_minus_beta2 = float(1.0 - config.beta2);
-  split_log(config.beta1, out.log_beta1);
-  split_log(config.beta2, out.log_beta2);
+  WindowArgs out = {rule_numbers(config), args, meta, MetaLayout(config)};
   out.keep = float(1.0 - args.lr * args.weight_decay);
   out.lr = float(args.lr);
   out.total = args.runs * args.dim;

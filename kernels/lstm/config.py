@@ -1,4 +1,4 @@
-"""Launch parameters of the in-place step: a pure function of the problem."""
+"""Launch parameters of the step and of the window backward: pure functions of the problem."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tasks: families of optimizees with data (see ``Task``), and tasks made from tasks."""
 
-from ._base import Batch, Task, TaskRun
+from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun
 from ._data import DATA_VARIABLE, find_mnist
 from ._ensemble import ensemble
 from ._functions import BenchmarkFunction, Bowl, Norm
@@ -13,6 +13,7 @@ from ._transforms import RandomScaling, WithConvex
 __all__ = [
     "DATA_VARIABLE",
     "Batch",
+    "BatchedRun",
     "BenchmarkFunction",
     "Bowl",
     "GradientNoise",
@@ -28,6 +29,7 @@ __all__ = [
     "SumOf",
     "Task",
     "TaskRun",
+    "VmapRun",
     "WithConvex",
     "ensemble",
     "find_mnist",

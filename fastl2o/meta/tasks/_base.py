@@ -1,8 +1,7 @@
 """Tasks: families of optimizees with data, and batches of training runs drawn from them.
 
 A run is a flat parameter vector of D coordinates; R runs advance together as one ``(R, D)`` tensor,
-so that a rule takes all of them in one kernel call. Losses and gradients are batched over the runs
-by ``torch.func.vmap``.
+so that a rule takes all of them in one kernel call.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-__all__ = ["Batch", "Task", "TaskRun"]
+__all__ = ["Batch", "BatchedRun", "Task", "TaskRun", "VmapRun"]
 
 Batch = tuple[Tensor, ...]
 """What one loss evaluation draws at random: tensors ``(R, ...)``, runs in front; may be empty."""
@@ -28,6 +27,9 @@ def fork_generator(generator: torch.Generator) -> torch.Generator:
 
 class TaskRun(ABC):
     """R training runs of one task, at fixed data and initial parameters.
+
+    Subclasses give ``losses`` and ``loss_and_grad`` of all runs at once; ``VmapRun`` and
+    ``BatchedRun`` make both from a single loss function.
 
     Attributes:
         tensors: everything drawn when the run was sampled, by name, runs in front; holds at least
@@ -54,33 +56,17 @@ class TaskRun(ABC):
         """D, the number of coordinates of one run."""
         return self.params.shape[1]
 
-    def context(self) -> Batch:
-        """Tensors ``(R, ...)`` that ``loss`` reads at every evaluation besides the batch."""
-        return ()
-
     def next_batch(self) -> Batch:
         """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()
 
-    def gather(self, batch: Batch) -> Batch:
-        """Turn a drawn batch into the tensors ``(R, ...)`` that ``loss`` reads."""
-        return batch
+    @abstractmethod
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        """Losses ``(R,)`` at ``params (R, D)``, differentiable."""
 
     @abstractmethod
-    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
-        """Loss of ONE run at ``params (D,)``; ``inputs``: ``context()`` and ``gather(batch)``."""
-
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        """Losses ``(R,)`` at ``params (R, D)``, differentiable as ``loss`` is."""
-        inputs = (*self.context(), *self.gather(batch))
-        result: Tensor = vmap(self.loss)(params, *inputs)
-        return result
-
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
-        inputs = (*self.context(), *self.gather(batch))
-        grads, losses = vmap(grad_and_value(self.loss))(params, *inputs)
-        return losses, grads
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and generator state, enough to continue with the same bits."""
@@ -103,6 +89,57 @@ class TaskRun(ABC):
             )
         self.tensors = {name: t.clone() for name, t in saved.items()}
         self.generator.set_state(state["generator"])
+
+
+class _FunctionRun(TaskRun):
+    """A run whose losses are a function of the parameters, ``context()`` and ``gather(batch)``."""
+
+    def context(self) -> Batch:
+        """Tensors ``(R, ...)`` that the function reads at every evaluation besides the batch."""
+        return ()
+
+    def gather(self, batch: Batch) -> Batch:
+        """Turn a drawn batch into the tensors ``(R, ...)`` that the function reads."""
+        return batch
+
+
+class VmapRun(_FunctionRun):
+    """A run that defines the loss of one run; ``torch.func.vmap`` batches it over the runs."""
+
+    @abstractmethod
+    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
+        """Loss of ONE run at ``params (D,)``; ``inputs``: ``context()`` and ``gather(batch)``."""
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        inputs = (*self.context(), *self.gather(batch))
+        result: Tensor = vmap(self.loss)(params, *inputs)
+        return result
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = (*self.context(), *self.gather(batch))
+        grads, losses = vmap(grad_and_value(self.loss))(params, *inputs)
+        return losses, grads
+
+
+class BatchedRun(_FunctionRun):
+    """A run that defines the losses of all runs at once, differentiated by one backward.
+
+    For problems of a few coordinates that costs a fraction of ``vmap``.
+    """
+
+    @abstractmethod
+    def batched(self, params: Tensor, *inputs: Tensor) -> Tensor:
+        """Losses ``(R,)`` at ``params (R, D)``; run r depends on ``params[r]`` only."""
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        return self.batched(params, *self.context(), *self.gather(batch))
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = params.detach().requires_grad_()
+            losses = self.losses(leaf, batch)
+            (grads,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), grads
 
 
 class Task(ABC):

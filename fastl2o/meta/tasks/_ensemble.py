@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from ._base import Task
-from ._functions import BenchmarkFunction, Bowl, Norm
+from ._functions import FUNCTION_NAMES, BenchmarkFunction, Bowl, Norm
 from ._objectives import GradientNoise, LogObjective, Rescaled, SparseGradients, SumOf
 from ._quadratic import Quadratic
 from ._synthetic import RandomMLP, SoftmaxRegression
 
 __all__ = ["ensemble"]
 
-_FUNCTIONS = (
-    "ackley",
-    "beale",
-    "booth",
-    "branin",
-    "log_sum_exp",
-    "matyas",
-    "michalewicz",
-    "rosenbrock",
-    "styblinski_tang",
-)
 # features, hidden widths, batch size
 _MLPS = (
     (8, (8, 5), 10),
@@ -45,11 +34,6 @@ def quadratic(dim: int) -> Task:
     return Rescaled(Quadratic(dim=dim), 0.5)
 
 
-def _bowls() -> list[Task]:
-    turned = [Bowl(5.0, 45.0)]
-    return [*(Bowl(condition) for condition in (0.1, 1.0, 5.0)), *turned]
-
-
 def ensemble(networks: bool = True) -> dict[str, list[Task]]:
     """Task families by name: the released code's, but for its largest quadratics and tensors.
 
@@ -65,8 +49,8 @@ def ensemble(networks: bool = True) -> dict[str, list[Task]]:
         >>> len(families["bowl"]), families["bowl"][0]
         (8, Bowl(condition=0.1, angle=0.0))
     """
-    bowls = _bowls()
-    functions: list[Task] = [BenchmarkFunction(name) for name in _FUNCTIONS]
+    bowls: list[Task] = [Bowl(0.1), Bowl(1.0), Bowl(5.0), Bowl(5.0, 45.0)]
+    functions: list[Task] = [BenchmarkFunction(name) for name in FUNCTION_NAMES]
     softmax: list[tuple[Task, float]] = [
         (SoftmaxRegression(features, separation, batch), noise)
         for features, separation, batch, noise in _SOFTMAX

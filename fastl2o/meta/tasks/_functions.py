@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_num_runs, check_number
-from ._base import Batch, Task, TaskRun, fork_generator
-from ._batched import BatchedRun
+from ._base import Batch, BatchedRun, Task, TaskRun, fork_generator
 
-__all__ = ["BenchmarkFunction", "Bowl", "Norm"]
+__all__ = ["FUNCTION_NAMES", "BenchmarkFunction", "Bowl", "Norm"]
 
 
 def _ackley(x: Tensor, y: Tensor) -> Tensor:
@@ -85,6 +84,9 @@ _FUNCTIONS = {
 }
 
 
+FUNCTION_NAMES = tuple(_FUNCTIONS)
+
+
 class _FunctionRun(BatchedRun):
     def __init__(
         self, formula: Callable[[Tensor, Tensor], Tensor], params: Tensor, rng: torch.Generator
@@ -113,7 +115,7 @@ class BenchmarkFunction(Task):
     """
 
     def __init__(self, name: str) -> None:
-        check_choice("name", name, tuple(_FUNCTIONS))
+        check_choice("name", name, FUNCTION_NAMES)
         self.name = name
 
     def config(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_num_runs, check_number
-from ._base import Batch, Task, TaskRun, fork_generator
+from ._base import Batch, Task, TaskRun, VmapRun, fork_generator
 from ._data import Images, load_images
 
-__all__ = ["MLPClassification"]
+__all__ = ["MLPClassification", "split_layers"]
 
 # Derivatives of the activations as functions of their output, which is what a forward pass keeps.
 _DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,7 +40,7 @@ _MODULES = {
 _SPLITS = ("train", "meta_train", "meta_valid", "test")
 
 
-class _MLPRun(TaskRun):
+class _MLPRun(VmapRun):
     def __init__(
         self, task: MLPClassification, tensors: dict[str, Tensor], generator: torch.Generator
     ) -> None:
@@ -92,7 +92,7 @@ class _MLPRun(TaskRun):
         # arithmetic takes twice as long, a quarter of a meta-training step.
         pixels, labels = self.gather(batch)
         runs, size = labels.shape
-        layers, outputs, logits = self._layers(params), [pixels], pixels
+        layers, outputs, logits = split_layers(params, self.task.widths), [pixels], pixels
         for layer, (weight, bias) in enumerate(layers):
             if layer:
                 outputs.append(_ACTIVATIONS[self.task.activation](logits))
@@ -111,11 +111,12 @@ class _MLPRun(TaskRun):
                 delta = delta.bmm(layers[layer][0]).mul_(slope)
         return losses, torch.cat(pieces, dim=1)
 
-    def _layers(self, params: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Weight ``(R, out, in)`` and bias ``(R, out)`` of each layer, as views of ``params``."""
-        pieces = iter(params.split(self.task.sizes, dim=1))
-        shapes = pairwise(self.task.widths)
-        return [(next(pieces).unflatten(1, (n_out, n_in)), next(pieces)) for n_in, n_out in shapes]
+
+def split_layers(params: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Weight ``(R, out, in)`` and bias ``(R, out)`` of each layer: views of ``params (R, D)``."""
+    shapes = list(pairwise(widths))
+    pieces = iter(params.split([n for n_in, n_out in shapes for n in (n_in * n_out, n_out)], dim=1))
+    return [(next(pieces).unflatten(1, (n_out, n_in)), next(pieces)) for n_in, n_out in shapes]
 
 
 class MLPClassification(Task):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ __all__ = ["GradientNoise", "LogObjective", "Rescaled", "SparseGradients", "SumO
 _LOG_FLOOR = 1e-6
 
 
-class _ChangedGradientRun(WrappedRun):
-    """What changes the gradient is drawn with the batch: the same batch gives the same gradient."""
+class _ChangedRun(WrappedRun):
+    """A run of another's parameters, changed by ``amount``."""
 
-    def __init__(self, inner: TaskRun, amount: float, generator: torch.Generator) -> None:
+    def __init__(self, inner: TaskRun, generator: torch.Generator, amount: float = 0.0) -> None:
         super().__init__(inner, {"params": inner.params}, generator)
         self.amount = amount
+
+
+class _ChangedGradientRun(_ChangedRun):
+    """What changes the gradient is drawn with the batch: the same batch gives the same gradient."""
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params, batch[1:])
@@ -55,16 +59,31 @@ class _SparseRun(_ChangedGradientRun):
 
 
 class _Wrapper(Task):
-    """A task around another, of which it keeps the held-out version."""
+    """A task around another, of which it keeps the held-out version.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: the other.
+        amount: the argument besides it, by name, if there is one.
+    """
+
+    run_type: ClassVar[type[_ChangedRun]]
+
+    def __init__(self, task: Task, **amount: float) -> None:
         check_task(task)
-        self.task = task
+        self.task, self._amount = task, amount
+
+    def config(self) -> dict[str, Any]:
+        return {"task": repr(self.task), **self._amount}
 
     def held_out(self) -> Task:
         """The same around the inner task's held-out version."""
-        arguments = {**self.config(), "task": self.task.held_out()}
-        return type(self)(**arguments)
+        return type(self)(self.task.held_out(), **self._amount)
+
+    def sample(
+        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> TaskRun:
+        inner = self.task.sample(num_runs, generator, dtype)
+        return self.run_type(inner, fork_generator(generator), *self._amount.values())
 
 
 class GradientNoise(_Wrapper):
@@ -78,19 +97,12 @@ class GradientNoise(_Wrapper):
         3
     """
 
+    run_type = _NoisyRun
+
     def __init__(self, task: Task, sd: float = 0.5) -> None:
-        super().__init__(task)
         check_number("sd", sd, minimum=0)
+        super().__init__(task, sd=sd)
         self.sd = sd
-
-    def config(self) -> dict[str, Any]:
-        return {"task": repr(self.task), "sd": self.sd}
-
-    def sample(
-        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-    ) -> TaskRun:
-        inner = self.task.sample(num_runs, generator, dtype)
-        return _NoisyRun(inner, self.sd, fork_generator(generator))
 
 
 class SparseGradients(_Wrapper):
@@ -102,29 +114,15 @@ class SparseGradients(_Wrapper):
         0.99
     """
 
+    run_type = _SparseRun
+
     def __init__(self, task: Task, fraction: float = 0.99) -> None:
-        super().__init__(task)
         check_number("fraction", fraction, minimum=0, below=1)
+        super().__init__(task, fraction=fraction)
         self.fraction = fraction
 
-    def config(self) -> dict[str, Any]:
-        return {"task": repr(self.task), "fraction": self.fraction}
 
-    def sample(
-        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-    ) -> TaskRun:
-        inner = self.task.sample(num_runs, generator, dtype)
-        return _SparseRun(inner, self.fraction, fork_generator(generator))
-
-
-class _MappedRun(WrappedRun):
-    """A function of the inner run's loss."""
-
-    def __init__(self, inner: TaskRun, generator: torch.Generator) -> None:
-        super().__init__(inner, {"params": inner.params}, generator)
-
-
-class _LogRun(_MappedRun):
+class _LogRun(_ChangedRun):
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return torch.log(self.inner.losses(params, batch) + _LOG_FLOOR) - math.log(_LOG_FLOOR)
 
@@ -144,29 +142,19 @@ class LogObjective(_Wrapper):
         [0.0, 0.0]
     """
 
+    run_type = _LogRun
+
     def __init__(self, task: Task) -> None:
         super().__init__(task)
 
-    def config(self) -> dict[str, Any]:
-        return {"task": repr(self.task)}
 
-    def sample(
-        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-    ) -> TaskRun:
-        return _LogRun(self.task.sample(num_runs, generator, dtype), fork_generator(generator))
-
-
-class _RescaledRun(_MappedRun):
-    def __init__(self, inner: TaskRun, factor: float, generator: torch.Generator) -> None:
-        super().__init__(inner, generator)
-        self.factor = factor
-
+class _RescaledRun(_ChangedRun):
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return self.inner.losses(params, batch) * self.factor
+        return self.inner.losses(params, batch) * self.amount
 
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         losses, grads = self.inner.loss_and_grad(params, batch)
-        return losses * self.factor, grads * self.factor
+        return losses * self.amount, grads * self.amount
 
 
 class Rescaled(_Wrapper):
@@ -178,19 +166,12 @@ class Rescaled(_Wrapper):
         1000.0
     """
 
+    run_type = _RescaledRun
+
     def __init__(self, task: Task, factor: float = 10.0) -> None:
-        super().__init__(task)
         check_number("factor", factor, minimum=0, exclusive=True)
+        super().__init__(task, factor=factor)
         self.factor = factor
-
-    def config(self) -> dict[str, Any]:
-        return {"task": repr(self.task), "factor": self.factor}
-
-    def sample(
-        self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-    ) -> TaskRun:
-        inner = self.task.sample(num_runs, generator, dtype)
-        return _RescaledRun(inner, self.factor, fork_generator(generator))
 
 
 class _SumRun(TaskRun):
@@ -202,9 +183,6 @@ class _SumRun(TaskRun):
 
     def next_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.next_batch())
-
-    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError("a sum computes batched losses through its parts")
 
     def _split(self, params: Tensor, batch: Batch) -> list[tuple[TaskRun, Tensor, Batch]]:
         pieces = params.split([part.dim for part in self.parts], dim=1)

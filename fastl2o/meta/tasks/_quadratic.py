@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_num_runs, check_number
-from ._base import Batch, Task, TaskRun, fork_generator
+from ._base import Batch, Task, TaskRun, VmapRun, fork_generator
 
 __all__ = ["Quadratic"]
 
 
-class _QuadraticRun(TaskRun):
+class _QuadraticRun(VmapRun):
     def context(self) -> Batch:
         return (self.tensors["matrix"], self.tensors["target"])
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._checks import check_num_runs, check_number
-from ._base import Batch, Task, TaskRun, fork_generator
-from ._batched import BatchedRun
+from ._base import Batch, BatchedRun, Task, TaskRun, fork_generator
+from ._mlp import split_layers
 
 __all__ = ["RandomMLP", "SoftmaxRegression"]
 
@@ -54,15 +54,9 @@ class _MinibatchRun(BatchedRun):
 
 def network(params: Tensor, points: Tensor, sizes: Sequence[int]) -> Tensor:
     """Logits (R, B, classes) of R sigmoid networks with flat ``params (R, D)`` at (R, B, in)."""
-    at = 0
-    for layer, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        weight = params[:, at : at + n_in * n_out].unflatten(1, (n_out, n_in))
-        at += n_in * n_out
-        bias = params[:, at : at + n_out]
-        at += n_out
-        if layer > 0:
-            points = torch.sigmoid(points)
-        points = torch.baddbmm(bias.unsqueeze(1), points, weight.transpose(1, 2))
+    for layer, (weight, bias) in enumerate(split_layers(params, sizes)):
+        inputs = torch.sigmoid(points) if layer else points
+        points = torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
     return points
 
 

@@ -25,9 +25,6 @@ class WrappedRun(TaskRun):
     def next_batch(self) -> Batch:
         return self.inner.next_batch()
 
-    def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError("a wrapped run computes batched losses through its inner run")
-
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self.inner.state_dict()}
 
