@@ -63,7 +63,7 @@ def ops_extension() -> Extension:
     system = [f"-isystem{path}" for path in include_paths()]
     return CppExtension(
         "fastl2o._C",
-        sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
         include_dirs=list(INCLUDES),
         depends=headers(),
         extra_compile_args=[*cpu_flags(), *DEFINES[: 1 + LIMITED_API], *system],
@@ -111,7 +111,7 @@ class BuildCore(Command):
         self.distribution.ext_modules = [
             Pybind11Extension(
                 "fastl2o_core",
-                sources("csrc/bindings/core.cpp", "csrc/cpu/*.cpp"),
+                sources("csrc/bindings/*.cpp", "csrc/cpu/*.cpp"),
                 include_dirs=list(INCLUDES),
                 depends=headers(),
                 extra_compile_args=cpu_flags(),

@@ -1,23 +1,13 @@
 // pybind11 bindings of the torch-free core, for the tests of each instruction set and the
 // microbenchmarks. NumPy arrays in, NumPy arrays out; never part of a wheel.
-#include "core.h"
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
 #include <thread>
-#include <vector>
 
-namespace py = pybind11;
+#include "bindings.h"
+
 using fastl2o::Family;
 using fastl2o::MetaLayout;
 using fastl2o::RuleConfig;
 using fastl2o::cpu::TileKernels;
-using FloatArray = py::array_t<float, py::array::c_style>;
-
-namespace {
 
 const TileKernels& kernels_named(const std::string& name) {
   const TileKernels* kernels = fastl2o::cpu::find_kernels(name.c_str());
@@ -36,6 +26,8 @@ fastl2o::cpu::ParallelFor threads_of(int count) {
     for (std::thread& other : others) other.join();
   };
 }
+
+namespace {
 
 RuleConfig config_from(const py::dict& fields) {
   RuleConfig config;
@@ -121,4 +113,5 @@ PYBIND11_MODULE(fastl2o_core, m) {
         py::arg("grads"), py::arg("state"), py::arg("loss_weights"), py::arg("steps"),
         py::arg("first_step") = 0.0, py::arg("lr") = 1.0, py::arg("weight_decay") = 0.0,
         py::arg("threads") = 1);
+  bind_hierarchical(m);
 }

@@ -10,6 +10,7 @@
 #define FASTL2O_WIDTH 8
 #define FASTL2O_STEP_VECTORS 3
 #define FASTL2O_UNROLL_VECTORS 3
+#define FASTL2O_SWEEP_VECTORS 2
 #define FASTL2O_UNIT_BLOCK 1
 #include "kernels.inl"
 #endif

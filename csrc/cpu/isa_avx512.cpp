@@ -13,6 +13,7 @@
 #define FASTL2O_WIDTH 16
 #define FASTL2O_STEP_VECTORS 3
 #define FASTL2O_UNROLL_VECTORS 2
+#define FASTL2O_SWEEP_VECTORS 3
 #define FASTL2O_UNIT_BLOCK 2
 #include "kernels.inl"
 #endif

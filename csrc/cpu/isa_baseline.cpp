@@ -7,5 +7,6 @@
 #define FASTL2O_WIDTH 4
 #define FASTL2O_STEP_VECTORS 2
 #define FASTL2O_UNROLL_VECTORS 2
+#define FASTL2O_SWEEP_VECTORS 2
 #define FASTL2O_UNIT_BLOCK 1
 #include "kernels.inl"

@@ -8,6 +8,7 @@ namespace fastl2o::cpu::FASTL2O_ISA {
 inline constexpr int kStepVectors = FASTL2O_STEP_VECTORS;
 inline constexpr int kUnrollVectors = FASTL2O_UNROLL_VECTORS;
 inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
+inline constexpr int kSweepVectors = FASTL2O_SWEEP_VECTORS;
 
 // In the order of use: each builds on those above it.
 // clang-format off
@@ -18,6 +19,11 @@ inline constexpr int kUnitBlock = FASTL2O_UNIT_BLOCK;
 #include "backward.inl"
 #include "weight_gradient.inl"
 #include "unroll.inl"
+#include "hierarchical_math.inl"
+#include "hierarchical_levels.inl"
+#include "hierarchical_sweep.inl"
+#include "hierarchical_panel.inl"
+#include "hierarchical_backward.inl"
 // clang-format on
 
 static int64_t packed_floats(const RuleConfig& config, bool backward) {
@@ -47,6 +53,9 @@ extern const TileKernels FASTL2O_TABLE = {
     FASTL2O_ISA::gradient_sums,
     FASTL2O_ISA::unpack_gradient,
     FASTL2O_ISA::unroll_tiles,
+    {FASTL2O_ISA::kWidth, FASTL2O_ISA::sweep_block, FASTL2O_ISA::apply_block,
+     FASTL2O_ISA::level_affine, FASTL2O_ISA::level_gru, FASTL2O_ISA::backward_scratch,
+     FASTL2O_ISA::backward_block},
 };
 
 }  // namespace fastl2o::cpu

@@ -1,65 +1,17 @@
 // Drivers of the coordinate-wise rules: which tiles there are, who computes them, in which order
 // partial results are added. The work on a tile is in the kernels of one instruction set.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 
+#include "aligned_floats.h"
+#include "nonfinite.h"
 #include "tile_kernels.h"
 
 namespace fastl2o::cpu {
 namespace {
 
-constexpr int kMaxTile = 64;             // coordinates of the widest tile
-constexpr int64_t kScanChunk = 1 << 16;  // coordinates per unit of the scan for NaN and Inf
-
-template <typename Word>
-bool any_nonfinite(const void* values, int64_t begin, int64_t end, Word exponent) {
-  const Word* words = static_cast<const Word*>(values);
-  Word found = 0;
-  for (int64_t i = begin; i < end; ++i) found |= Word((words[i] & exponent) == exponent);
-  return found != 0;
-}
-
-bool any_nonfinite(const StepTensor& tensor, int64_t begin, int64_t end) {
-  switch (tensor.param_dtype) {
-    case DType::f32: return any_nonfinite<uint32_t>(tensor.grad, begin, end, 0x7f800000u);
-    case DType::f64: return any_nonfinite<uint64_t>(tensor.grad, begin, end, 0x7ff0000000000000ull);
-    case DType::bf16: return any_nonfinite<uint16_t>(tensor.grad, begin, end, 0x7f80);
-    case DType::f16: return any_nonfinite<uint16_t>(tensor.grad, begin, end, 0x7c00);
-  }
-  return false;
-}
-
-// Coordinates of all tensors laid end to end: tensor i owns [start[i], start[i + 1]).
-std::vector<int64_t> starts_of(const std::vector<StepTensor>& tensors) {
-  std::vector<int64_t> starts(tensors.size() + 1, 0);
-  for (size_t i = 0; i < tensors.size(); ++i) starts[i + 1] = starts[i] + tensors[i].numel;
-  return starts;
-}
-
-// The tensor that holds coordinate `at`, skipping empty ones.
-size_t owner_of(const std::vector<int64_t>& starts, int64_t at) {
-  return size_t(std::upper_bound(starts.begin(), starts.end(), at) - starts.begin()) - 1;
-}
-
-std::vector<bool> find_nonfinite(const std::vector<StepTensor>& tensors,
-                                 const ParallelFor& parallel_for) {
-  const std::vector<int64_t> starts = starts_of(tensors);
-  const int64_t total = starts.back();
-  std::vector<std::atomic<bool>> found(tensors.size());
-  parallel_for((total + kScanChunk - 1) / kScanChunk, [&](int64_t begin, int64_t end) {
-    int64_t at = begin * kScanChunk;
-    const int64_t stop = std::min(end * kScanChunk, total);
-    for (size_t i = owner_of(starts, at); at < stop; ++i) {
-      const int64_t upto = std::min(starts[i + 1], stop);
-      if (upto > at && any_nonfinite(tensors[i], at - starts[i], upto - starts[i])) found[i] = true;
-      at = std::max(at, upto);
-    }
-  });
-  return {found.begin(), found.end()};
-}
+constexpr int kMaxTile = 64;  // coordinates of the widest tile
 
 // Splits the coordinates [first, first + lanes) into segments; returns their number.
 int fill_segments(const std::vector<StepTensor>& tensors, const std::vector<int64_t>& starts,
@@ -74,17 +26,6 @@ int fill_segments(const std::vector<StepTensor>& tensors, const std::vector<int6
   }
   return count;
 }
-
-// Uninitialised, from a cache line's start.
-struct AlignedFloats {
-  std::unique_ptr<float[]> storage;
-  float* data;
-
-  explicit AlignedFloats(int64_t count) : storage(new float[size_t(count) + 16]) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.get());
-    data = storage.get() + ((64 - address % 64) % 64) / sizeof(float);
-  }
-};
 
 void step_tiles(const TileKernels& kernels, const StepContext& context,
                 const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
@@ -130,17 +71,8 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
   if (options.stochastic_rounding)
     for (size_t i = 0; i < tensors.size(); ++i)
       tensors[i].rounding_key = rounding_key(options.seed, uint32_t(i));
-  if (options.nonfinite != NonFinite::pass && !tensors.empty()) {
-    const std::vector<bool> bad = find_nonfinite(tensors, parallel_for);
-    const auto first = std::find(bad.begin(), bad.end(), true);
-    if (first != bad.end()) {
-      if (options.nonfinite == NonFinite::raise) return first - bad.begin();
-      size_t kept = 0;
-      for (size_t i = 0; i < tensors.size(); ++i)
-        if (!bad[i]) tensors[kept++] = tensors[i];
-      tensors.resize(kept);
-    }
-  }
+  const int64_t bad = screen(options.nonfinite, tensors, parallel_for);
+  if (bad >= 0) return bad;
   if (tensors.empty()) return -1;
   const AlignedFloats packed(kernels.packed_floats(config, false));
   kernels.pack(config, false, meta, packed.data);

@@ -48,6 +48,12 @@ FASTL2O_INLINE Vec reciprocal(Vec x) {
   const Vec error = (Vec)_mm512_fnmadd_ps((__m512)x, (__m512)r, _mm512_set1_ps(1.0f));
   return fma(error, r, r);
 }
+// The same for 1 / sqrt(x) and 2^-126 <= x < infinity.
+FASTL2O_INLINE Vec reciprocal_root(Vec x) {
+  const Vec r = (Vec)_mm512_rsqrt14_ps((__m512)x);
+  const Vec error = (Vec)_mm512_fnmadd_ps((__m512)(x * r), (__m512)r, _mm512_set1_ps(1.0f));
+  return fma(error, r * 0.5f, r);
+}
 FASTL2O_INLINE Vec load_some(const float* p, int count) {
   return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
 }
@@ -92,6 +98,7 @@ FASTL2O_INLINE Vec above_floor(Vec x) {
 }
 FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec above) { return scale_by_power(p, x - above); }
 FASTL2O_INLINE Vec reciprocal(Vec x) { return 1.0f / x; }
+FASTL2O_INLINE Vec reciprocal_root(Vec x) { return 1.0f / square_root(x); }
 FASTL2O_INLINE Vec load_some(const float* p, int count) {
   Vec v{};
   for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];

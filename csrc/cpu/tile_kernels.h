@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "core.h"
+#include "hierarchical_kernels.h"
 #include "rounding.h"
 
 namespace fastl2o::cpu {
@@ -58,6 +59,7 @@ struct TileKernels {
   // (gradient_sums).
   void (*unroll)(const UnrollContext&, int64_t first, int64_t last, double* partial,
                  float* scratch);
+  HierarchicalKernels hierarchical;
 };
 
 extern const TileKernels kBaselineKernels;

@@ -1,0 +1,67 @@
+// The forward pass that the hierarchical rule's step and unroll share.
+#pragma once
+
+#include "hierarchical_kernels.h"
+#include "tile_kernels.h"
+
+namespace fastl2o::cpu {
+
+// The meta-parameters in the order the kernels read them.
+struct PackedStorage {
+  std::vector<float> memory;
+  PackedHierarchical rule;
+
+  PackedStorage(const HierarchicalConfig& config, const float* meta);
+};
+
+// Coordinates [first, last) of one tensor, the unit of work and of partial sums. `start` is the
+// cost of all blocks before it.
+struct Block {
+  int64_t tensor, first, last, start;
+};
+
+struct Blocks {
+  std::vector<Block> list;
+  std::vector<size_t> first_of;  // tensor -> its first block; one more at the end
+  int64_t cost = 0;
+
+  void assign(const std::vector<int64_t>& sizes);
+  // Runs body(index) for every block, dealt by cost.
+  void for_each(const ParallelFor& parallel_for, const std::function<void(size_t)>& body) const;
+};
+
+// What a pass leaves for the step's end and for its derivative. Grows, never shrinks.
+struct PassMemory {
+  Blocks blocks;
+  std::vector<int64_t> sizes;
+  std::vector<double> sums;        // (blocks, num_sums)
+  std::vector<float> bias;         // (tensors, 3H): of the parameter GRU, injected parts included
+  std::vector<float> means;        // (tensors, H + F)
+  std::vector<float> inverse_rms;  // (tensors)
+  // Of each problem: what its global state injects, the mean of its log rates and of its tensors'
+  // new states.
+  std::vector<float> to_param, to_tensor, mean_log_rate, mean_state;
+  std::vector<double> counts, tensor_counts, log_rates, state_sums;
+};
+
+struct Pass {
+  const TileKernels& kernels;
+  const PackedHierarchical& rule;
+  const HierarchicalOptions& options;
+  const ParallelFor& parallel_for;
+  PassMemory& memory;
+
+  // Every tensor has coordinates. New planes, tensor states, log rate means and global states, and
+  // each tensor's step before it is normalised, at raw_steps[i].
+  void run(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
+           float* global_states, int64_t problems) const;
+
+ private:
+  void prepare_problems(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
+                        int64_t problems) const;
+  void finish_tensor(const std::vector<HierarchicalTensor>& tensors, size_t index) const;
+  void finish_problems(const std::vector<HierarchicalTensor>& tensors, float* global_states,
+                       int64_t problems) const;
+};
+
+}  // namespace fastl2o::cpu

@@ -1,0 +1,68 @@
+// Driver of the hierarchical rule's in-place step: the forward pass, then the parameters.
+#include <algorithm>
+
+#include "aligned_floats.h"
+#include "hierarchical_pass.h"
+#include "nonfinite.h"
+
+namespace fastl2o::cpu {
+namespace {
+
+// Kept between steps by the thread that calls them, so that a step of a size seen before allocates
+// no large memory.
+struct StepMemory {
+  PassMemory pass;
+  AlignedFloats raw{0};
+  int64_t raw_size = 0;
+  std::vector<float*> raw_steps;
+
+  void reserve(const std::vector<HierarchicalTensor>& tensors) {
+    int64_t total = 0;
+    for (const HierarchicalTensor& tensor : tensors) total += tensor.numel;
+    if (total > raw_size) {
+      raw = AlignedFloats(total);
+      raw_size = total;
+    }
+    raw_steps.clear();
+    float* at = raw.data;
+    for (const HierarchicalTensor& tensor : tensors) {
+      raw_steps.push_back(at);
+      at += tensor.numel;
+    }
+  }
+};
+
+StepMemory& step_memory() {
+  static thread_local StepMemory memory;
+  return memory;
+}
+
+}  // namespace
+
+int64_t hierarchical_step(const TileKernels& kernels, const HierarchicalConfig& config,
+                          const float* meta, std::vector<HierarchicalTensor>& tensors,
+                          float* global_states, int64_t problems,
+                          const HierarchicalOptions& options, const ParallelFor& parallel_for) {
+  const int64_t bad = screen(options.nonfinite, tensors, parallel_for);
+  if (bad >= 0) return bad;
+  tensors.erase(std::remove_if(tensors.begin(), tensors.end(),
+                               [](const HierarchicalTensor& tensor) { return tensor.numel == 0; }),
+                tensors.end());
+  if (tensors.empty()) return -1;
+  StepMemory& memory = step_memory();
+  memory.reserve(tensors);
+  const PackedStorage packed(config, meta);
+  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  pass.run(tensors, memory.raw_steps.data(), global_states, problems);
+  const Blocks& blocks = memory.pass.blocks;
+  blocks.for_each(parallel_for, [&](size_t index) {
+    const Block& block = blocks.list[index];
+    kernels.hierarchical.apply(tensors[size_t(block.tensor)], block.first, block.last,
+                               memory.raw_steps[size_t(block.tensor)],
+                               memory.pass.inverse_rms[size_t(block.tensor)]);
+  });
+  for (HierarchicalTensor& tensor : tensors) *tensor.step += 1.0f;
+  return -1;
+}
+
+}  // namespace fastl2o::cpu

@@ -1,0 +1,209 @@
+// The CPU kernels of the hierarchical rule's ops, against the LibTorch stable ABI. Schemas, fakes
+// and the plain-torch default live in Python (fastl2o/ops.py); this registers the CPU key.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "hierarchical.h"
+#include "tensor_args.h"
+
+namespace {
+
+using fastl2o::DType;
+using fastl2o::floats;
+using fastl2o::has_shape;
+using fastl2o::HierarchicalConfig;
+using fastl2o::HierarchicalLayout;
+using fastl2o::mutable_floats;
+using fastl2o::cpu::HierarchicalOptions;
+using fastl2o::cpu::HierarchicalTensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Checked before it is narrowed.
+int size_argument(int64_t value, int64_t most, const char* name) {
+  STD_TORCH_CHECK(value >= 1 && value <= most, name, " is ", value,
+                  "; the CPU kernels accept 1 to ", most);
+  return int(value);
+}
+
+void check_floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be contiguous float32 for the CPU kernels; other types go through the "
+                  "reference backend");
+}
+
+HierarchicalConfig checked_config(const Tensor& meta, int64_t param_size, int64_t tensor_size,
+                                  int64_t global_size, int64_t num_scales) {
+  HierarchicalConfig config;
+  config.param_size = size_argument(param_size, fastl2o::kMaxUnits, "param_size");
+  config.tensor_size = size_argument(tensor_size, fastl2o::kMaxUnits, "tensor_size");
+  config.global_size = size_argument(global_size, fastl2o::kMaxUnits, "global_size");
+  config.num_scales = size_argument(num_scales, fastl2o::kMaxScales, "num_scales");
+  check_floats(meta, "meta");
+  STD_TORCH_CHECK(meta.numel() == HierarchicalLayout(config).total, "meta holds ", meta.numel(),
+                  " numbers; this rule has ", HierarchicalLayout(config).total, " meta-parameters");
+  return config;
+}
+
+// The one number of an optional argument.
+std::optional<float> scalar_of(const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor.has_value()) return std::nullopt;
+  check_floats(*tensor, name);
+  STD_TORCH_CHECK(tensor->numel() == 1, name, " holds ", tensor->numel(), " numbers; expected 1");
+  return *floats(*tensor);
+}
+
+void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+struct StepLists {
+  const std::vector<Tensor>&params, &grads, &planes, &tensor_states, &steps;
+  const std::vector<int64_t>& problems;
+  const std::vector<double>&lr, &weight_decay;
+};
+
+void check_lengths(const StepLists& lists) {
+  const size_t count = lists.params.size();
+  STD_TORCH_CHECK(
+      lists.grads.size() == count && lists.planes.size() == count &&
+          lists.tensor_states.size() == count && lists.steps.size() == count,
+      "params, grads, planes, tensor_states and steps must be lists of the same length");
+  STD_TORCH_CHECK(lists.lr.size() == count && lists.weight_decay.size() == count, "lr holds ",
+                  lists.lr.size(), " numbers and weight_decay ", lists.weight_decay.size(),
+                  "; expected one for each of ", count, " parameters");
+  STD_TORCH_CHECK(lists.problems.empty() || lists.problems.size() == count, "problems holds ",
+                  lists.problems.size(), " numbers; expected none or one for each of ", count,
+                  " parameters");
+}
+
+DType check_lists(const HierarchicalConfig& config, const StepLists& lists,
+                  const Tensor& global_states) {
+  check_lengths(lists);
+  check_floats(global_states, "global_states");
+  STD_TORCH_CHECK(global_states.dim() == 2 && global_states.size(1) == config.global_size,
+                  "global_states must be (problems, ", config.global_size, ")");
+  const ScalarType type = lists.planes.empty() ? ScalarType::Float : lists.planes[0].scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "planes must be float32 or bfloat16 for the CPU kernels");
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    const Tensor &param = lists.params[i], &grad = lists.grads[i], &planes = lists.planes[i];
+    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && has_shape(grad, param, 0),
+                    "gradient ", i, " of the list must have its parameter's type and shape");
+    fastl2o::dtype_of(param.scalar_type(), "params");
+    STD_TORCH_CHECK(planes.scalar_type() == type, "planes ", i,
+                    " of the list have another type than the first");
+    STD_TORCH_CHECK(has_shape(planes, param, config.state_planes()), "planes ", i,
+                    " of the list must be ", config.state_planes(),
+                    " planes of the parameter's shape");
+    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && planes.is_contiguous(),
+                    "tensors ", i, " of the lists must be contiguous");
+    check_floats(lists.tensor_states[i], "tensor_states");
+    STD_TORCH_CHECK(lists.tensor_states[i].numel() == config.tensor_size + 1, "tensor state ", i,
+                    " of the list must hold ", config.tensor_size + 1, " numbers");
+    check_floats(lists.steps[i], "steps");
+    STD_TORCH_CHECK(lists.steps[i].numel() == 1, "step ", i, " of the list must be one number");
+    const int64_t problem = lists.problems.empty() ? 0 : lists.problems[i];
+    STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), "problem ", i,
+                    " of the list is ", problem, "; global_states has ", global_states.size(0),
+                    " rows");
+  }
+  return fastl2o::dtype_of(type, "planes");
+}
+
+void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                        std::vector<Tensor> planes, std::vector<Tensor> tensor_states,
+                        std::vector<Tensor> steps, Tensor global_states,
+                        std::vector<int64_t> problems, Tensor meta, int64_t param_size,
+                        int64_t tensor_size, int64_t global_size, int64_t num_scales,
+                        std::vector<double> lr, std::vector<double> weight_decay, bool maximize,
+                        int64_t nonfinite, std::optional<Tensor> grad_scale,
+                        std::optional<Tensor> found_inf) {
+  const HierarchicalConfig config =
+      checked_config(meta, param_size, tensor_size, global_size, num_scales);
+  const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
+  STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= 2, "nonfinite is ", nonfinite,
+                  "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
+  HierarchicalOptions options;
+  options.planes_dtype = check_lists(config, lists, global_states);
+  const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
+  if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
+  options.maximize = maximize;
+  options.nonfinite = fastl2o::cpu::NonFinite(nonfinite);
+  options.unscale = scale.has_value();
+  options.grad_scale = scale.value_or(1.0f);
+  std::vector<HierarchicalTensor> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i)
+    tensors.push_back({params[i].mutable_data_ptr(), grads[i].mutable_data_ptr(),
+                       planes[i].mutable_data_ptr(), mutable_floats(tensor_states[i]),
+                       mutable_floats(steps[i]), params[i].numel(),
+                       fastl2o::dtype_of(params[i].scalar_type(), "params"),
+                       problems.empty() ? 0 : problems[i], lr[i], weight_decay[i]});
+  const int64_t bad = fastl2o::cpu::hierarchical_step(
+      fastl2o::cpu::best_kernels(), config, floats(meta), tensors, mutable_floats(global_states),
+      global_states.size(0), options, parallel_for);
+  STD_TORCH_CHECK(bad < 0, "gradient ", bad,
+                  " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
+                  "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
+}
+
+std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
+                                                        Tensor meta, Tensor loss_weights,
+                                                        int64_t steps, std::vector<int64_t> sizes,
+                                                        int64_t param_size, int64_t tensor_size,
+                                                        int64_t global_size, int64_t num_scales,
+                                                        double lr, double weight_decay) {
+  const HierarchicalConfig config =
+      checked_config(meta, param_size, tensor_size, global_size, num_scales);
+  check_floats(grads, "grads");
+  check_floats(state, "state");
+  check_floats(loss_weights, "loss_weights");
+  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
+                  " dimensions");
+  const int64_t rows = grads.size(0), runs = grads.size(1);
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "sizes holds ", size, "; accepted are sizes >= 0");
+    dim += size;
+  }
+  STD_TORCH_CHECK(dim == grads.size(2), "sizes add up to ", dim, " but grads has ", grads.size(2),
+                  " coordinates a run");
+  STD_TORCH_CHECK(step >= 0, "step is ", step, "; expected the number of steps before the window");
+  STD_TORCH_CHECK(steps >= 1 && (rows == steps || rows - 1 == steps), "steps is ", steps,
+                  " but grads records ", rows, " gradients; accepted are steps or steps + 1");
+  const int64_t width = fastl2o::cpu::hierarchical_row_size(config, sizes);
+  STD_TORCH_CHECK(
+      state.dim() == 2 && state.size(0) == runs && state.size(1) == width, "state must be (", runs,
+      ", ", width,
+      "): a row for each run with its tensors' planes, their states and the global one");
+  STD_TORCH_CHECK(
+      loss_weights.dim() == 2 && loss_weights.size(0) == rows && loss_weights.size(1) == runs,
+      "loss_weights must be (", rows, ", ", runs, ")");
+  Tensor d_meta = torch::stable::empty_like(meta);
+  Tensor d_state = torch::stable::empty_like(state);
+  fastl2o::cpu::HierarchicalUnrollArgs args;
+  args.steps = steps;
+  args.rows = rows;
+  args.runs = runs;
+  args.from_start = step == 0;
+  args.lr = lr;
+  args.weight_decay = weight_decay;
+  args.sizes = sizes;
+  args.grads = floats(grads);
+  args.state = floats(state);
+  args.loss_weights = floats(loss_weights);
+  args.d_meta = mutable_floats(d_meta);
+  args.d_state = mutable_floats(d_state);
+  fastl2o::cpu::hierarchical_unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta),
+                                             args, parallel_for);
+  return {d_meta, d_state};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2o, CPU, m) {
+  m.impl("hierarchical_step_", TORCH_BOX(&hierarchical_step_));
+  m.impl("hierarchical_unroll_backward", TORCH_BOX(&hierarchical_unroll_backward));
+}
