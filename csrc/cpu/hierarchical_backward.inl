@@ -100,16 +100,18 @@ struct Panel {
         const Vec a = fma(both[0], load(average0 + row) - g, g);
         const Vec fresh = fma(a, a, splat(kSquareEps));
         const Vec lam = fma(both[1], load(square0 + row) - fresh, fresh) + kRmsEps;
-        const Vec quotient = a * reciprocal_root(lam), m = asinh_vec(quotient);
-        const Vec log_square = log_normal(lam);
+        const Vec quotient = a * reciprocal_root(lam);
+        Vec m[1] = {quotient}, log_square[1] = {lam};
+        asinh_all(m);
+        log_all<false>(log_square);
         store(decay + row, both[0]);
         store(average + row, a);
         store(square + row, lam);
         store(ratio + row, quotient);
-        store(x + row, m);
-        if (s > 0) store(x + (S - 1) * kPanel + row, m * load(x + row - kPanel));
-        store(x + (2 * S - 1) * kPanel + row, log_square);
-        log_sum = log_sum + log_square;
+        store(x + row, m[0]);
+        if (s > 0) store(x + (S - 1) * kPanel + row, m[0] * load(x + row - kPanel));
+        store(x + (2 * S - 1) * kPanel + row, log_square[0]);
+        log_sum = log_sum + log_square[0];
         if (!block.first_step) both[0] = both[0] * reciprocal_root(both[0]);
       }
       const Vec mean = log_sum * (1.0f / float(S));

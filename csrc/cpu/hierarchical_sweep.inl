@@ -122,12 +122,29 @@ struct SweepTile {
     for (int v = 0; v < V; ++v) average[v] = both[v], square[v] = both[V + v];
   }
 
+  // asinh of the scaled averages and log of the squares, of a few scales at once: each is a long
+  // chain of operations that wait for one another.
+  template <int N>
+  FASTL2O_INLINE void scale_functions(float* averages, float* squares) const {
+    Vec m[N * V], log_square[N * V];
+#pragma GCC unroll 16
+    for (int k = 0; k < N * V; ++k) m[k] = load(averages + k * kWidth);
+    asinh_all(m);
+#pragma GCC unroll 16
+    for (int k = 0; k < N * V; ++k) store(averages + k * kWidth, m[k]);
+#pragma GCC unroll 16
+    for (int k = 0; k < N * V; ++k) log_square[k] = load(squares + k * kWidth);
+    log_all<false>(log_square);
+#pragma GCC unroll 16
+    for (int k = 0; k < N * V; ++k) store(squares + k * kWidth, log_square[k]);
+  }
+
   // Features x (3S rows); new averages and squares.
   FASTL2O_INLINE void features(const float* grad, const float* rate, const float* h,
                                float* x) const {
     const HierarchicalConfig& config = rule.config;
     const int scales = config.num_scales;
-    Vec average_decay[V] = {}, square_decay[V] = {}, log_sum[V] = {};
+    Vec average_decay[V] = {}, square_decay[V] = {};
     if (!block.first_step) decays(h, average_decay, square_decay);
     float* logs = x + (2 * scales - 1) * lanes;
     for (int s = 0; s < scales; ++s) {
@@ -144,23 +161,27 @@ struct SweepTile {
         store(average + o, a);
         store(square + o, q);
         const Vec lam = q + kRmsEps;
-        const Vec m = asinh_vec(a * reciprocal_root(lam));
-        const Vec log_square = log_normal(lam);
-        store(x + s * lanes + o, m);
-        if (s > 0) store(x + (scales + s - 1) * lanes + o, m * load(x + (s - 1) * lanes + o));
-        store(logs + s * lanes + o, log_square);
-        log_sum[v] = log_sum[v] + log_square;
+        store(x + s * lanes + o, a * reciprocal_root(lam));
+        store(logs + s * lanes + o, lam);
         if (!block.first_step)
           average_decay[v] = average_decay[v] * reciprocal_root(average_decay[v]);
       }
       write_row(config.averages_plane() + s, average);
       write_row(config.squares_plane() + s, square);
     }
+    int s = 0;
+    for (; s + 2 <= scales; s += 2) scale_functions<2>(x + s * lanes, logs + s * lanes);
+    if (s < scales) scale_functions<1>(x + s * lanes, logs + s * lanes);
+    for (s = 1; s < scales; ++s)
+      for (int o = 0; o < lanes; o += kWidth)
+        store(x + (scales + s - 1) * lanes + o,
+              load(x + s * lanes + o) * load(x + (s - 1) * lanes + o));
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int o = v * kWidth;
-      const Vec mean = log_sum[v] * (1.0f / float(scales));
-      for (int s = 0; s < scales; ++s) {
+    for (int o = 0; o < lanes; o += kWidth) {
+      Vec sum = {};
+      for (s = 0; s < scales; ++s) sum = sum + load(logs + s * lanes + o);
+      const Vec mean = sum * (1.0f / float(scales));
+      for (s = 0; s < scales; ++s) {
         float* row = logs + s * lanes + o;
         store(row, load(row) - mean);
       }
