@@ -17,10 +17,11 @@ from ._info import info  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .backends import backend  # noqa: E402
 from .optim import LSTM, LearnedOptimizer, RNNProp  # noqa: E402
-from .rules import LSTMRule, RNNPropRule, Rule  # noqa: E402
+from .rules import HierarchicalRule, LSTMRule, RNNPropRule, Rule  # noqa: E402
 
 __all__ = [
     "LSTM",
+    "HierarchicalRule",
     "LSTMRule",
     "LearnedOptimizer",
     "RNNProp",

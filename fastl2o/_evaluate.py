@@ -2,23 +2,30 @@
 
 Every optimizer starts from the same parameters and sees the same minibatches; each hand-designed
 one gets its best learning rate out of a grid, found on other seeds than those reported.
-Coordinates do not interact in any of them, so R runs of a task advance as one ``(R, D)`` tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .optim import LearnedOptimizer
+from ._inner_training import (
+    HAND_DESIGNED,
+    BuildOptimizer,
+    MakeOptimizer,
+    Task,
+    hand_designed_stepper,
+    learned_stepper,
+    train_losses,
+)
 from .rules import Rule
 
 __all__ = [
@@ -35,56 +42,8 @@ __all__ = [
     "train_losses",
 ]
 
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
-
 LEARNING_RATES = tuple(10.0 ** (k / 2) for k in range(-10, 3))
 """1e-5 to 10 in half decades: 13 values."""
-
-
-def _sgd(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr)
-
-
-def _nesterov(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
-
-
-def _rmsprop(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop(params, lr=lr)
-
-
-def _adam(params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=lr)
-
-
-class BuildOptimizer(Protocol):
-    """Builds a hand-designed optimizer for parameters and a learning rate."""
-
-    def __call__(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer: ...
-
-
-HAND_DESIGNED: dict[str, BuildOptimizer] = {
-    "SGD": _sgd,
-    "Nesterov": _nesterov,
-    "RMSprop": _rmsprop,
-    "Adam": _adam,
-}
-"""Baselines by name: torch's defaults but for the learning rate, and Nesterov's momentum 0.9."""
-
-
-class TaskRun(Protocol):
-    """What is needed of ``fastl2o.meta.tasks.TaskRun``, which is not imported here."""
-
-    @property
-    def params(self) -> Tensor: ...
-    def next_batch(self) -> Any: ...
-    def loss_and_grad(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]: ...
-
-
-class Task(Protocol):
-    """What is needed of ``fastl2o.meta.tasks.Task``."""
-
-    def sample(self, num_runs: int, generator: torch.Generator) -> TaskRun: ...
 
 
 class Spread(NamedTuple):
@@ -117,30 +76,6 @@ def mean_std(values: Tensor) -> Spread:
     exact = values.double()
     std = exact.std().item() if len(exact) > 1 else 0.0
     return Spread(exact.mean().item(), std)
-
-
-def train_losses(task: Task, make: MakeOptimizer, *, horizon: int, runs: int, seed: int) -> Tensor:
-    """Train ``runs`` runs of the task for ``horizon`` steps with one optimizer.
-
-    Args:
-        make: builds the optimizer for a list of one ``(R, D)`` parameter tensor.
-        seed: fixes initial parameters and minibatches, so that optimizers can be compared.
-
-    Returns:
-        ``(horizon + 1, R)``; row t is the loss after t steps on the minibatch of step t, NaN from
-        where every run has gone non-finite.
-    """
-    run = task.sample(runs, torch.Generator().manual_seed(seed))
-    params = run.params.detach().clone().requires_grad_()
-    optimizer = make([params])
-    losses = torch.full((horizon + 1, params.shape[0]), math.nan)
-    for step in range(horizon + 1):
-        loss, params.grad = run.loss_and_grad(params.detach(), run.next_batch())
-        losses[step] = loss
-        if step == horizon or not loss.isfinite().any():
-            break
-        optimizer.step()
-    return losses
 
 
 def pick_learning_rate(scores: Mapping[float, float]) -> float:
@@ -333,19 +268,22 @@ def compare(
         for name, build in hand_designed.items():
             scores = {
                 lr: setting.tuning_score(
-                    losses(partial(build, lr=lr), setting.tuning_runs, tuning_seed)
+                    losses(
+                        partial(hand_designed_stepper, build=build, lr=lr),
+                        setting.tuning_runs,
+                        tuning_seed,
+                    )
                 )
                 for lr in setting.learning_rates
             }
             lr = pick_learning_rate(scores)
-            rows.append(
-                _row(name, lr, losses(partial(build, lr=lr), setting.runs, setting.seed), setting)
-            )
+            tuned = partial(hand_designed_stepper, build=build, lr=lr)
+            rows.append(_row(name, lr, losses(tuned, setting.runs, setting.seed), setting))
         columns = rows[0].values if rows else {}
         best = {c: min((row.values[c].mean for row in rows), key=_nan_last) for c in columns}
         learned = []
         for name, rule in rules.items():
-            make = partial(LearnedOptimizer, rule=rule, nonfinite="pass")
+            make = partial(learned_stepper, rule=rule)
             row = _row(name, None, losses(make, setting.runs, setting.seed), setting)
             row.ratios.update({c: row.values[c].mean / best[c] for c in best})
             learned.append(row)

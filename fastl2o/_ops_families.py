@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops_gpu
 from . import _ops_reference as reference
-from .rules import Rule, from_config
+from .rules import CoordinateRule, Rule, from_config
 
 _LIBRARY = torch.library.Library("fastl2o", "DEF")
 Named = dict[str, Any]
@@ -68,18 +68,20 @@ _SIGNATURES = (
 
 
 @functools.lru_cache(maxsize=256)
-def _maths(signature: _Signature, arguments: tuple[Any, ...]) -> Rule:
+def _maths(signature: _Signature, arguments: tuple[Any, ...]) -> CoordinateRule:
     """A rule to run the reference maths with; its own meta-parameters take no memory."""
     config = signature.to_config(**dict(zip(signature.names, arguments, strict=True)))
     with torch.device("meta"):
-        return from_config(signature.family, config)
+        rule = from_config(signature.family, config)
+    assert isinstance(rule, CoordinateRule)
+    return rule
 
 
-def _rule(signature: _Signature, named: Named) -> Rule:
+def _rule(signature: _Signature, named: Named) -> CoordinateRule:
     return _maths(signature, tuple(named[name] for name in signature.names))
 
 
-def _define(
+def define(
     name: str,
     schema: str,
     default: Callable[[Named], Any],
@@ -149,7 +151,7 @@ def _define_step_(signature: _Signature) -> Any:
         )
 
     gpu = _on_gpu(signature, _ops_gpu.step_, default)
-    return _define(f"{signature.family}_step_", schema, default, lambda named: None, gpu)
+    return define(f"{signature.family}_step_", schema, default, lambda named: None, gpu)
 
 
 def _define_step_backward(signature: _Signature) -> Any:
@@ -173,7 +175,7 @@ def _define_step_backward(signature: _Signature) -> Any:
         return tuple(_empty_like(named[name]) for name in ("grad", "state", "meta"))
 
     gpu = _on_gpu(signature, _ops_gpu.step_backward, default)
-    return _define(f"{signature.family}_step_backward", schema, default, fake, gpu)
+    return define(f"{signature.family}_step_backward", schema, default, fake, gpu)
 
 
 def _define_step(signature: _Signature, step_backward: Any) -> Any:
@@ -192,7 +194,7 @@ def _define_step(signature: _Signature, step_backward: Any) -> Any:
     schema = (
         f"(Tensor grad, Tensor state, {step}Tensor meta, {signature.schema}) -> (Tensor, Tensor)"
     )
-    op = _define(name, schema, default, fake, _on_gpu(signature, _ops_gpu.step, default))
+    op = define(name, schema, default, fake, _on_gpu(signature, _ops_gpu.step, default))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         is_tensor = [isinstance(value, Tensor) for value in inputs]
@@ -238,7 +240,7 @@ def _define_unroll_backward(signature: _Signature) -> Any:
         return _empty_like(named["meta"]), _empty_like(named["state"])
 
     gpu = _on_gpu(signature, _ops_gpu.unroll_backward, default)
-    return _define(f"{signature.family}_unroll_backward", schema, default, fake, gpu)
+    return define(f"{signature.family}_unroll_backward", schema, default, fake, gpu)
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._rounding import round_state
-from .rules import Rule
+from .rules import CoordinateRule, Rule
 
 # Coordinates handled at once: bounds the temporaries of a step (a few times 4H numbers a
 # coordinate) to tens of MB.
@@ -60,7 +60,7 @@ def check_lists(
 
 @torch.no_grad()
 def step_(
-    rule: Rule,
+    rule: CoordinateRule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
@@ -106,7 +106,7 @@ def nonfinite_message(index: int) -> str:
 
 
 def _step_tensor(
-    rule: Rule,
+    rule: CoordinateRule,
     param: Tensor,
     grad: Tensor,
     state: Tensor,
@@ -146,7 +146,7 @@ def _step_tensor(
 
 @torch.no_grad()
 def unroll_backward(
-    rule: Rule,
+    rule: CoordinateRule,
     grads: Tensor,
     state: Tensor,
     step: int,
@@ -192,7 +192,7 @@ def unroll_backward(
 
 
 def _unroll_block(
-    rule: Rule,
+    rule: CoordinateRule,
     grads: Tensor,
     state: Tensor,
     step: int,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._optim_plan import Groups, State, create_missing, first_nonfinite, gather, raise_nonfinite
+from ._optim_nonfinite import first_nonfinite, raise_nonfinite
+from ._optim_plan import Groups, State, create_missing, gather
 from ._optim_state import as_float, describe_param
-from .rules import Rule
+from .rules import CoordinateRule
 
 
 def differentiable_step(groups: Groups, state: State) -> None:
@@ -27,6 +28,11 @@ def differentiable_step(groups: Groups, state: State) -> None:
     plan, grads = gather(groups, state, None)
     names = plan.owners
     for p, owner in zip(plan.active, names, strict=True):
+        if not isinstance(groups[owner[0]]["rule"], CoordinateRule):
+            raise RuntimeError(
+                f"{describe_param(groups, *owner)}: differentiable=True needs a coordinate-wise "
+                "rule. Differentiate through rule.reference_step, which steps tensors together"
+            )
         if p.is_leaf and p.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{describe_param(groups, *owner)} is a leaf that requires grad: autograd cannot "
@@ -57,7 +63,7 @@ def differentiable_step(groups: Groups, state: State) -> None:
 def _step_one(
     group: dict[str, Any], p: Tensor, grad: Tensor, entry: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    rule: Rule = group["rule"]
+    rule: CoordinateRule = group["rule"]
     is_complex = p.is_complex()
     theta = p.clone()  # p is written in place later, but may be saved for the backward here
     theta = torch.view_as_real(theta.resolve_conj()) if is_complex else theta

@@ -7,16 +7,15 @@ steps: the next step only makes sure, with a handful of list comparisons, that i
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from . import ops
+from ._optim_problem import global_problem, new_global, problem_key, problem_names
 from ._optim_state import (
     PARAM_DTYPES,
     Layout,
@@ -24,14 +23,11 @@ from ._optim_state import (
     describe_param,
     laid_out,
     layout_of,
-    new_planes,
-    new_step,
+    new_entry,
     state_problem,
     uses_reference,
 )
-from ._rounding import step_seed
-from .backends import backend, requested
-from .rules import Rule
+from .rules import HierarchicalRule, Rule
 
 Groups = list[dict[str, Any]]
 State = MutableMapping[Any, Any]
@@ -64,6 +60,14 @@ class Settings(NamedTuple):
             (group["seed"], group["rounding_step"]) if group["stochastic_rounding"] else None,
         )
 
+    @classmethod
+    def shared_by(cls, group: dict[str, Any]) -> Settings:
+        """What parameters of one list op share: a hierarchical step takes lr and decay of each."""
+        settings = cls.of(group)
+        if isinstance(settings.rule, HierarchicalRule):
+            settings = settings._replace(lr=1.0, weight_decay=0.0)
+        return settings
+
 
 @dataclass(slots=True)
 class Bucket:
@@ -74,6 +78,8 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     irregular: list[tuple[int, Layout]] = field(default_factory=list)  # (index in params, layout)
+    # Of a rule whose parameters talk to each other: their shared state.
+    shared: dict[str, Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -141,7 +147,7 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
     present: list[Tensor] = [g for g in grads if g is not None]
     first: dict[tuple[Any, ...], int] = {}
     # id: rules compare by identity here, whatever equality they define
-    keys = ((id(group["rule"]), *Settings.of(group)[1:]) for group in groups)
+    keys = ((id(group["rule"]), *Settings.shared_by(group)[1:]) for group in groups)
     pattern = tuple(first.setdefault(key, i) for i, key in enumerate(keys))
     rules = [group["rule"] for group in groups]
     if (
@@ -170,14 +176,16 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
 
 
 def create_missing(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None:
-    """Create the states ``plan`` lacks, all of them zero, and sort its buckets."""
+    """Create the states ``plan`` lacks and sort its buckets."""
+    names = problem_names(groups)
+    starts = [0, *accumulate(len(group["params"]) for group in groups)]
     for i in plan.missing:
-        p, group = plan.active[i], groups[plan.owners[i][0]]
-        rule = group["rule"]
-        entry = {"planes": new_planes(rule, p, group["state_dtype"])}
-        if rule.needs_step:
-            entry["step"] = new_step(0.0, p.device)
-        state[p] = entry
+        group_idx, position = plan.owners[i]
+        p, group = plan.active[i], groups[group_idx]
+        state[p] = new_entry(group, p, starts[group_idx] + position)
+        name = names.get(problem_key(group, p))
+        if name is not None and name not in state:
+            state[name] = new_global(group["rule"], p, group["state_dtype"])
     plan.missing = []
     _fill(plan, groups, state, grads)
 
@@ -222,6 +230,7 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
                 "shape or device were changed on purpose, delete its optimizer.state entry"
             )
     buckets: dict[tuple[Any, ...], Bucket] = {}
+    names = problem_names(groups)
     for i, (p, grad, entry) in enumerate(zip(plan.active, grads, states, strict=True)):
         layout = layout_of(p)
         if layout is None and not grad.is_contiguous():
@@ -230,8 +239,12 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
             group = groups[plan.owners[i][0]]
             entry["planes"] = laid_out(entry["planes"], group["rule"], p, entry["planes"].dtype)
         group_idx = plan.pattern[plan.owners[i][0]]
-        key = (group_idx, p.device, p.dtype, entry["planes"].dtype)
-        bucket = buckets.setdefault(key, Bucket(group_idx))
+        name = names.get(problem_key(groups[plan.owners[i][0]], p))
+        dtype = None if name else p.dtype
+        key = (group_idx, name, p.device, dtype, entry["planes"].dtype)
+        if key not in buckets:
+            buckets[key] = Bucket(group_idx, shared=_shared(name, groups[group_idx]["rule"], state))
+        bucket = buckets[key]
         if layout is not None:
             bucket.irregular.append((len(bucket.params), layout))
             plan.irregular.append(i)
@@ -246,144 +259,21 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
     plan.planes = [entry["planes"] for entry in states]
 
 
+def _shared(name: str | None, rule: Rule, state: State) -> dict[str, Tensor] | None:
+    if name is None:
+        return None
+    assert isinstance(rule, HierarchicalRule)
+    entry = state.get(name)
+    problem = global_problem(entry, rule)
+    if problem is not None:
+        raise RuntimeError(
+            f"optimizer.state[{name!r}] {problem}. Its parameters, options or device were changed: "
+            "load a state_dict that has it, or empty optimizer.state to start afresh"
+        )
+    return entry
+
+
 def _plain(planes: Tensor, layout: Layout | None) -> bool:
     if layout is None or layout.order is None:
         return planes.is_contiguous()
     return planes.permute(0, *(1 + d for d in layout.order)).is_contiguous()
-
-
-class Amp(NamedTuple):
-    """What torch.amp.GradScaler left on the optimizer for the list op to apply."""
-
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-    def on(self, device: torch.device) -> Amp:
-        """Return the same on another device."""
-        return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
-
-
-def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: bool) -> None:
-    """Call one list op per bucket.
-
-    ``checked``: all gradients that may not hold NaN or Inf were found not to.
-
-    Raises:
-        RuntimeError: the first bucket's op met a NaN or Inf under the policy "raise", or a backend
-            was forced that cannot take one of the buckets. Nothing is changed then.
-        ValueError: stochastic rounding of states that are not bfloat16. Nothing is changed then.
-    """
-    settings_of = [Settings.of(groups[bucket.group_idx]) for bucket in plan.buckets]
-    for bucket, settings in zip(plan.buckets, settings_of, strict=True):
-        dtype = bucket.states[0]["planes"].dtype
-        if settings.rounding is not None and dtype != torch.bfloat16:
-            raise ValueError(
-                f"group {bucket.group_idx}: stochastic_rounding=True, but its states were made in "
-                f"{dtype}. Set stochastic_rounding=False, or build the optimizer with "
-                "state_dtype=torch.bfloat16"
-            )
-    if len(plan.buckets) > 1 and requested() not in ("auto", "reference"):
-        for bucket, settings in zip(plan.buckets, settings_of, strict=True):
-            _rehearse(bucket, settings)
-    for number, (bucket, settings) in enumerate(zip(plan.buckets, settings_of, strict=True)):
-        if settings.nonfinite == "raise" and checked:
-            settings = settings._replace(nonfinite="pass")
-        # from the second bucket on something has been changed, so those were checked before
-        checked = True
-        mine = grads if len(plan.buckets) == 1 else [grads[i] for i in bucket.where]
-        try:
-            _run_bucket(bucket, settings, mine, amp, number)
-        except RuntimeError as error:
-            if "holds NaN or Inf" not in str(error):
-                raise
-            raise_nonfinite(plan, groups, grads, error)
-
-
-def _run_bucket(
-    bucket: Bucket, settings: Settings, grads: list[Tensor], amp: Amp, number: int = 0
-) -> None:
-    params = bucket.params
-    planes = [entry["planes"] for entry in bucket.states]
-    steps = [entry["step"] for entry in bucket.states] if settings.rule.needs_step else None
-    copied: list[tuple[Tensor, Tensor]] = []  # (view of the original, contiguous copy)
-    if bucket.irregular:
-        params, grads = list(params), list(grads)
-        for i, layout in bucket.irregular:
-            planes[i] = layout.view(planes[i], planes=1)
-            params[i] = _dense(layout.view(params[i]), copied)
-            # the list op rewrites a gradient only to unscale it
-            unused: list[tuple[Tensor, Tensor]] = []
-            kept = unused if amp.grad_scale is None else copied
-            grads[i] = _dense(layout.view(grads[i]), kept)
-    with backend("reference") if settings.reference else nullcontext():
-        ops.step_(
-            settings.rule,
-            params,
-            grads,
-            planes,
-            steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            maximize=settings.maximize,
-            nonfinite=settings.nonfinite,
-            rounding_seed=settings.rounding and step_seed(*settings.rounding, number),
-            **amp.on(params[0].device)._asdict(),
-        )
-    for view, dense in copied:
-        view.copy_(dense)
-
-
-def _rehearse(bucket: Bucket, settings: Settings) -> None:
-    """Step an empty tensor like those of the bucket: raises what the bucket itself would."""
-    param = bucket.params[0].detach().new_empty(0)
-    param = torch.view_as_real(param)[..., 0] if param.is_complex() else param
-    planes = bucket.states[0]["planes"].new_empty(settings.rule.state_planes, 0)
-    entry = {"planes": planes, "step": new_step(0.0, param.device)}
-    probe = Bucket(bucket.group_idx, [0], [param], [entry])
-    _run_bucket(probe, settings, [param.clone()], Amp(None, None))
-
-
-def _dense(view: Tensor, copied: list[tuple[Tensor, Tensor]]) -> Tensor:
-    if view.is_contiguous():
-        return view
-    dense = view.contiguous()
-    copied.append((view, dense))
-    return dense
-
-
-def unchecked(plan: Plan, groups: Groups) -> list[int]:
-    """Return which gradients no list op can refuse in time, so must be checked beforehand.
-
-    A step that raises changes nothing. The op of the first bucket sees to that for its own
-    tensors; other buckets would come too late, and states must not be created first.
-    """
-    if plan.missing:
-        indices = list(range(len(plan.active)))
-    else:
-        indices = [i for bucket in plan.buckets[1:] for i in bucket.where]
-    return [i for i in indices if groups[plan.owners[i][0]]["nonfinite"] == "raise"]
-
-
-def first_nonfinite(grads: list[Tensor]) -> int | None:
-    """Return the index of the first gradient that holds NaN or Inf, or None."""
-    real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
-    filled = [g for g in real if g.numel()]
-    if not filled or get_total_norm(filled, norm_type=float("inf")).isfinite():
-        return None
-    return next(i for i, g in enumerate(real) if not g.isfinite().all())
-
-
-def raise_nonfinite(
-    plan: Plan, groups: Groups, grads: list[Tensor], cause: Exception | None = None
-) -> None:
-    """Raise the RuntimeError that names the first parameter whose gradient holds NaN or Inf."""
-    policies = [groups[group_idx]["nonfinite"] for group_idx, _ in plan.owners]
-    raising = [i for i, policy in enumerate(policies) if policy == "raise"]
-    index = first_nonfinite([grads[i] for i in raising])
-    if index is None:
-        raise cause or AssertionError("no gradient holds NaN or Inf")
-    name = describe_param(groups, *plan.owners[raising[index]])
-    raise RuntimeError(
-        f"the gradient of {name} holds NaN or Inf; nothing was changed. Skip this step, or build "
-        'the optimizer with nonfinite="skip" (leave such parameters alone) or "pass"'
-    ) from cause

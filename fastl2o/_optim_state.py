@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .rules import Rule
+from ._rounding import step_seed
+from .rules import HierarchicalRule, Rule
 
 NONFINITE_POLICIES = ("raise", "skip", "pass")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -41,6 +42,9 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounding_step": 0,
 }
+
+# What a parameter's state holds that torch's load_state_dict must not cast or share.
+OWN_ENTRIES = ("planes", "step", "tensor")
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -198,19 +202,39 @@ def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def new_planes(rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a fresh state (S, *param.shape), its planes laid out in memory as ``param`` is.
+    """Return zeros (S, *param.shape), the planes laid out in memory as ``param`` is.
 
     A complex parameter gives (S, *param.shape, 2).
     """
     param = param.detach()
     layout = layout_of(param)
+    shape = (rule.state_planes,)
     if layout is None:
-        return rule.init_state(param, dtype)
+        return torch.zeros(shape + param.shape, dtype=dtype, device=param.device)
     real = torch.view_as_real(param.resolve_conj()) if layout.is_complex else param
     order = layout.order or tuple(range(real.dim()))
-    planes = rule.init_state(real.permute(order), dtype)
+    ordered = real.permute(order)
+    planes = torch.zeros(shape + ordered.shape, dtype=dtype, device=param.device)
     inverse = sorted(range(real.dim()), key=lambda d: order[d])
     return planes.permute(0, *(1 + d for d in inverse))
+
+
+def new_entry(group: Mapping[str, Any], param: Tensor, index: int) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step.
+
+    ``index``, its place among all parameters, and the group's seed decide what is random about it.
+    """
+    rule: Rule = group["rule"]
+    entry = {"planes": new_planes(rule, param, group["state_dtype"])}
+    if rule.needs_step:
+        entry["step"] = new_step(0.0, param.device)
+    if isinstance(rule, HierarchicalRule):
+        generator = torch.Generator().manual_seed(step_seed(group["seed"], 0, index))
+        real = param.detach()
+        real = torch.view_as_real(real.resolve_conj()) if real.is_complex() else real
+        planes, entry["tensor"] = rule.init_tensor(real, generator, group["state_dtype"])
+        entry["planes"].copy_(planes)
+    return entry
 
 
 def laid_out(planes: Tensor, rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -228,6 +252,10 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
         return f"has planes of shape {tuple(planes.shape)}, not {wanted}"
     if planes.dtype not in STATE_DTYPES:
         return f"has planes of dtype {planes.dtype}, not one of {STATE_DTYPES}"
+    if isinstance(rule, HierarchicalRule):
+        tensor = state.get("tensor")
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != (rule.tensor_size + 1,):
+            return f"has no 'tensor' of shape ({rule.tensor_size + 1},)"
     if rule.needs_step != ("step" in state):
         return "has no 'step'" if rule.needs_step else "has a 'step', which this rule has not"
     if rule.needs_step and not (

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from . import _ops_gpu, backends
+from . import _ops_hierarchical as hierarchical
 from . import _ops_reference as reference
 from ._ops_families import FAMILIES
-from .rules import Rule
+from .rules import CoordinateRule, HierarchicalRule, Rule
 
 backends.load()
 
 
 def step_(
-    rule: Rule,
+    rule: CoordinateRule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
@@ -77,6 +78,7 @@ def step_(
         >>> param
         tensor([0.5000, 0.5000, 0.5000])
     """
+    rule = coordinate_wise(rule)
     count = len(params)
     steps = steps if steps is not None and rule.needs_step else ()
     if len(grads) != count or len(states) != count or (rule.needs_step and len(steps) != count):
@@ -145,6 +147,16 @@ def step_(
     torch.autograd.graph.increment_version([*params, *states])
 
 
+def coordinate_wise(rule: Rule) -> CoordinateRule:
+    """The rule, if its coordinates do not talk to each other, which these ops rely on."""
+    if not isinstance(rule, CoordinateRule):
+        raise TypeError(
+            f"rule: {rule!r} is not a coordinate-wise rule; step tensors together, with "
+            "fastl2o.LearnedOptimizer or rule.reference_step"
+        )
+    return rule
+
+
 def _check_rounding(seed: int, has_family: bool, states: Sequence[Tensor]) -> None:
     if not has_family:
         raise ValueError("rounding_seed: only rules of the families lstm and rnnprop round so")
@@ -165,7 +177,11 @@ def _check_rounding(seed: int, has_family: bool, states: Sequence[Tensor]) -> No
 
 
 def step(
-    rule: Rule, grad: Tensor, state: Tensor, step: int | Tensor = 0, meta: Tensor | None = None
+    rule: CoordinateRule,
+    grad: Tensor,
+    state: Tensor,
+    step: int | Tensor = 0,
+    meta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One functional step, differentiable once in `grad`, `state` and the meta-parameters.
 
@@ -195,6 +211,7 @@ def step(
         >>> rule.readout.bias.grad.shape
         torch.Size([1])
     """
+    rule = coordinate_wise(rule)
     family = FAMILIES.get(rule.family)
     unsupported = _unsupported(rule, grad, state, meta)
     chosen = backends.choose(
@@ -225,6 +242,7 @@ def unroll_backward(
     lr: float = 1.0,
     weight_decay: float = 0.0,
     meta: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from its recorded gradients alone.
 
@@ -235,16 +253,18 @@ def unroll_backward(
         rule: the rule that made the window with in-place steps.
         grads: `(K, R, D)`, gradients g_t of f_t at theta_t, K = steps or, with the gradient at the
             last point, steps + 1.
-        state: `(S, R, D)`, the state before the window.
+        state: the state before the window, as `rule.init_runs` lays it out: `(S, R, D)` for rules
+            whose coordinates do not talk to each other.
         loss_weights: `(K, R)`, w_t for each run.
         steps: T, the number of updates in the window.
         step: number of steps taken before the window.
         lr, weight_decay: as in the steps of the window.
         meta: flat meta-parameters `(M,)` in place of the rule's own.
+        sizes: how many of a run's D coordinates each of its tensors has, for rules that look at
+            whole tensors; one tensor by default.
 
     Returns:
-        d_meta `(M,)` and d_state `(S, R, D)`, the gradients of the meta-parameters and of the first
-        state.
+        d_meta `(M,)` and d_state, the gradients of the meta-parameters and of the first state.
 
     Raises:
         ValueError, TypeError: a shape, dtype or number does not fit.
@@ -258,9 +278,15 @@ def unroll_backward(
         >>> d_meta.shape == (rule.num_meta_parameters,), d_state.shape
         (True, torch.Size([8, 2, 5]))
     """
-    _check_window(rule, grads, state, loss_weights, steps, step)
-    family = FAMILIES.get(rule.family)
     flat = rule.flat_parameters().detach() if meta is None else meta.detach()
+    _check_window(rule, grads, state, loss_weights, steps, step, sizes)
+    if isinstance(rule, HierarchicalRule):
+        return hierarchical.unroll_backward(
+            rule, grads, state, loss_weights, steps=steps, step=step,
+            sizes=sizes or grads.shape[2:], lr=lr, weight_decay=weight_decay, meta=flat,
+        )  # fmt: skip
+    rule = coordinate_wise(rule)
+    family = FAMILIES.get(rule.family)
     unsupported = _unsupported(rule, grads, state, flat)
     lr, weight_decay = float(lr), float(weight_decay)
     chosen = backends.choose(
@@ -311,7 +337,13 @@ def _unsupported(rule: Rule, grad: Tensor, state: Tensor, meta: Tensor | None) -
 
 
 def _check_window(
-    rule: Rule, grads: Tensor, state: Tensor, loss_weights: Tensor, steps: int, step: int
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    loss_weights: Tensor,
+    steps: int,
+    step: int,
+    sizes: Sequence[int] | None,
 ) -> None:
     if steps < 1:
         raise ValueError(
@@ -326,10 +358,17 @@ def _check_window(
             f"grads: expected shape (K, runs, coordinates) with K = {steps} or {steps + 1} for "
             f"steps={steps}, got {tuple(grads.shape)}"
         )
-    if state.shape != (rule.state_planes, *grads.shape[1:]):
+    runs, dim = grads.shape[1:]
+    if sizes is not None and (sum(sizes) != dim or min(sizes, default=0) < 0):
         raise ValueError(
-            f"state: expected shape {(rule.state_planes, *grads.shape[1:])}, that is "
-            f"(state_planes, runs, coordinates), got {tuple(state.shape)}"
+            f"sizes: expected numbers of elements that add up to {dim} coordinates, got "
+            f"{list(sizes)}"
+        )
+    expected = rule.runs_shape(runs, [dim] if sizes is None else sizes)
+    if state.shape != expected:
+        raise ValueError(
+            f"state: expected shape {expected} for {runs} runs of {dim} coordinates, got "
+            f"{tuple(state.shape)}; make it with rule.init_runs(params, sizes)"
         )
     if loss_weights.shape != grads.shape[:2]:
         raise ValueError(

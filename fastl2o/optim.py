@@ -16,19 +16,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from ._optim_differentiable import differentiable_step
-from ._optim_plan import (
-    Amp,
-    Plan,
-    create_missing,
-    first_nonfinite,
-    gather,
-    raise_nonfinite,
-    run,
-    unchecked,
-)
+from ._optim_nonfinite import first_nonfinite, raise_nonfinite, unchecked
+from ._optim_plan import Plan, create_missing, gather
+from ._optim_problem import restored_globals
+from ._optim_run import Amp, run
 from ._optim_state import (
     CHECKED_OPTIONS,
     GROUP_DEFAULTS,
+    OWN_ENTRIES,
     check_options,
     check_state_dict,
     laid_out,
@@ -74,7 +69,10 @@ class LearnedOptimizer(Optimizer):
         differentiable: let autograd run through the step, also to the rule's meta-parameters.
 
     State: ``state[p]["planes"]`` is (S, *p.shape), with a last dimension of two added for a complex
-    parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor.
+    parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor; a
+    hierarchical rule has ``state[p]["tensor"]`` (tensor_size + 1,), whose last number is the mean
+    of the log rates, and ``state["global/<n>"]["hidden"]``, which all its parameters share. They
+    start at random rates that ``seed`` decides.
     ``state_dict()`` holds tensors, numbers and strings only and notes the rule's family, config and
     a digest of its meta-parameters; loading it with another rule is refused. The rule itself is
     not in the state_dict (save it with ``rule.save``), but in copies and pickles of the optimizer.
@@ -202,17 +200,18 @@ class LearnedOptimizer(Optimizer):
             return
         if to_check and first_nonfinite([grads[i] for i in to_check]) is not None:
             raise_nonfinite(plan, groups, grads)
-        created = [plan.active[i] for i in plan.missing]
+        known = set(self.state) if first_step else set()
         try:
             if first_step:
                 create_missing(plan, groups, self.state, grads)
             run(plan, groups, grads, amp, checked=first_step)
         except Exception:
             # Only the first bucket's op can have refused, so nothing has been stepped.
-            for p in created:
-                self.state.pop(p, None)
             self._plan = None
-            if not first_step:
+            if first_step:
+                for key in set(self.state) - known:
+                    del self.state[key]
+            else:
                 gather(groups, self.state, None)  # names the parameter, where one does not fit
             raise
         for group in groups:
@@ -283,16 +282,20 @@ class LearnedOptimizer(Optimizer):
         saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
         # The base class would cast the planes to the parameter's dtype, and share the tensors with
         # the checkpoint, so that two optimizers that load the same one step each other's state.
-        restored: dict[Tensor, dict[str, Any]] = {}
-        others = dict(state_dict["state"])
+        restored: dict[Any, dict[str, Any]] = {**restored_globals(state_dict["state"], groups)}
+        # Shared states go in below: torch would share their dictionaries with the checkpoint.
+        others = {k: v for k, v in state_dict["state"].items() if k not in restored}
         for group, saved in zip(groups, saved_groups, strict=True):
             dtype = saved.get("state_dtype", group["state_dtype"])
             for param_id, p in zip(saved["params"], group["params"], strict=True):
                 entry = others.get(param_id)
                 if not entry:
                     continue
-                others[param_id] = {k: v for k, v in entry.items() if k not in ("planes", "step")}
+                others[param_id] = {k: v for k, v in entry.items() if k not in OWN_ENTRIES}
                 restored[p] = {"planes": laid_out(entry["planes"], group["rule"], p, dtype)}
+                if "tensor" in entry:
+                    wide = torch.promote_types(dtype, torch.float32)
+                    restored[p]["tensor"] = entry["tensor"].detach().to(p.device, wide, copy=True)
                 if "step" in entry:
                     restored[p]["step"] = new_step(entry["step"], p.device)
         completed = [

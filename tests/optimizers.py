@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastl2o
-from fastl2o import LearnedOptimizer, LSTMRule, RNNPropRule, Rule
+from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule, RNNPropRule, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -83,9 +83,14 @@ RULES = (
     ),
     OptimizerCase("lstm", lambda lr: _fresh(LSTMRule(5)), None, _UNTRAINED),
     OptimizerCase("rnnprop", lambda lr: _fresh(RNNPropRule(6, num_layers=1)), None, _UNTRAINED),
+    OptimizerCase(
+        "hierarchical", lambda lr: _fresh(HierarchicalRule(4, 5, 6, 3)), None, _UNTRAINED
+    ),
 )
 ORACLES = tuple(case for case in RULES if case.oracle is not None)
 RANDOM = tuple(case for case in RULES if case.oracle is None)
+# Those whose parameters do not talk to each other.
+COORDINATE_WISE = tuple(case for case in RANDOM if case.name != "hierarchical")
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -171,8 +176,9 @@ def snapshot(optimizer: LearnedOptimizer) -> list[Tensor]:
     """Copies of all parameters, gradients and state tensors, to compare bit for bit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [*params, *(p.grad for p in params if p.grad is not None)]
-    for p in params:
-        entry = optimizer.state.get(p, {})
+    shared = [key for key in optimizer.state if isinstance(key, str)]
+    for key in [*params, *shared]:
+        entry = optimizer.state.get(key, {})
         tensors += [entry[key] for key in sorted(entry) if isinstance(entry[key], Tensor)]
     return [t.detach().clone() for t in tensors]
 

@@ -94,8 +94,8 @@ def test_batched_runs_train_like_single_ones(name: str) -> None:
             return residual.square().sum(1), grads
 
     def losses(rows: slice):
-        def make(params):
-            return HAND_DESIGNED[name](params, lr=0.01)
+        def make(params, run):
+            return HAND_DESIGNED[name]([params], lr=0.01)
 
         return train_losses(Selected(rows), make, horizon=5, runs=4, seed=0)
 

@@ -178,3 +178,19 @@ def test_a_rule_trains_on_every_problem_of_the_ensemble(networks: bool) -> None:
     )
     result = trainer.fit(outer_steps=20)
     assert result.skipped == 0
+
+
+def test_held_out_problems_are_none_of_the_published() -> None:
+    published, held_out = meta.tasks.ensemble(), meta.tasks.ensemble(held_out=True)
+    assert list(published) == list(held_out)
+    for family, tasks in held_out.items():
+        known = {repr(task) for task in published[family]}
+        shared = [task for task in tasks if repr(task) in known]
+        # Test functions of two variables have no size, and two sums are of those alone.
+        assert len(shared) == {"function": len(tasks), "sum": 2}.get(family, 0)
+        for task in tasks:
+            run = task.sample(2, seeded())
+            losses, grads = run.loss_and_grad(run.params, run.next_batch())
+            assert bool(losses.isfinite().all())
+            assert bool((losses >= 0).all())
+            assert grads.shape == run.params.shape

@@ -116,6 +116,30 @@ def test_a_recipe_sets_everything() -> None:
     assert trainer.fit(6).best_step is not None
 
 
+def test_an_ensemble_stands_for_its_tasks() -> None:
+    table = """
+    name = "small"
+    outer_steps = 1
+    [rule]
+    family = "hierarchical"
+    param_size = 3
+    [[tasks]]
+    kind = "ensemble"
+    families = ["bowl", "norm"]
+    weight = 2.0
+    [[tasks]]
+    kind = "quadratic"
+    """
+    trainer = build_trainer(parse_recipe(table), progress=False)
+    assert len(trainer.tasks) == 8 + 6 + 1
+    expected = torch.tensor([1 / 8] * 8 + [1 / 6] * 6 + [1.0])
+    torch.testing.assert_close(trainer._starter.weights, expected)
+    with pytest.raises(RecipeError, match=r"tasks\[0\].families must be a list of some of quadr"):
+        build_trainer(parse_recipe(table.replace('"bowl"', '"ball"')))
+    with pytest.raises(RecipeError, match=r"unknown key 'tasks\[0\].familys'"):
+        parse_recipe(table.replace("families", "familys"))
+
+
 def test_a_recipe_continues_from_another_rule(tmp_path: Path) -> None:
     first = build_trainer(parse_recipe(GOOD)).rule
     with torch.no_grad():
@@ -146,7 +170,11 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
         ("seed = 3", "seed = -3", "seed must be"),
         ("seed = 3", "seed = true", "seed must be an integer, got True"),
         ("outer_steps = 6", "outer_steps = 6.5", "outer_steps must be an integer, got 6.5"),
-        ('family = "lstm"', 'family = "gru"', "rule.family must be one of lstm, rnnprop"),
+        (
+            'family = "lstm"',
+            'family = "gru"',
+            "rule.family must be one of hierarchical, lstm, rnnprop",
+        ),
         ("hidden_size = 3", "hiden_size = 3", "'rule.hiden_size'; did you mean 'hidden_size'"),
         ("unroll = 3", "unrol = 3", "'estimator.unrol'; did you mean 'unroll'"),
         ("unroll = 3", 'unroll = "3"', "estimator.unroll must be an integer, got '3'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastl2o import LearnedOptimizer
 from tests.common import present_backends
-from tests.optimizers import DTYPES, RANDOM, OptimizerCase, assert_same_bits, on_backend
+from tests.optimizers import COORDINATE_WISE, DTYPES, OptimizerCase, assert_same_bits, on_backend
 
 
 class Drawn(NamedTuple):
@@ -47,7 +47,7 @@ drawn = st.builds(
 
 
 @pytest.mark.parametrize("backend", present_backends())
-@pytest.mark.parametrize("case", RANDOM, ids=repr)
+@pytest.mark.parametrize("case", COORDINATE_WISE, ids=repr)
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(parts=st.lists(drawn, min_size=1, max_size=6), policy=st.sampled_from("rs"))
 def test_a_list_is_stepped_as_its_parts_are(

@@ -39,6 +39,13 @@ TASKS: dict[str, tuple[Callable[..., Task], Keys]] = {
         },
     ),
 }
+ENSEMBLE_KEYS: Keys = {
+    "kind": (str,),
+    "weight": (int, float),
+    "families": (list,),
+    "networks": (bool,),
+    "held_out": (bool,),
+}
 _TASK_KEYS: Keys = {
     "kind": (str,),
     "weight": (int, float),
@@ -201,11 +208,12 @@ def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
                 f"{source}: {place} must be a table, written [[{where}]]; got {task!r}"
             )
         kind = task.get("kind")
-        if kind not in TASKS:
+        if kind not in TASKS and kind != "ensemble":
             raise RecipeError(
-                f"{source}: {place}.kind must be one of {', '.join(TASKS)}; got {kind!r}"
+                f"{source}: {place}.kind must be one of {', '.join(TASKS)}, ensemble; got {kind!r}"
             )
-        _check_table(source, place, task, {**_TASK_KEYS, **TASKS[kind][1]})
+        known = ENSEMBLE_KEYS if kind == "ensemble" else {**_TASK_KEYS, **TASKS[kind][1]}
+        _check_table(source, place, task, known)
 
 
 def _check_optimizer(source: str, table: dict[str, Any]) -> None:

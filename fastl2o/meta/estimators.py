@@ -107,7 +107,8 @@ class TruncatedBPTT:
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
         window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
         loss = self.meta_loss(window.losses, progress.first_losses)
-        gradient, _ = ops.unroll_backward(
+        sizes = progress.run.tensor_sizes
+        gradient, d_state = ops.unroll_backward(
             rule,
             window.grads,
             window.state,
@@ -116,7 +117,10 @@ class TruncatedBPTT:
             step=window.step,
             lr=lr,
             weight_decay=weight_decay,
+            sizes=sizes,
         )
+        if rule.learned_start and window.step == 0:
+            gradient = gradient + rule.start_gradient(d_state, sizes)
         return MetaGradient(loss, gradient, window.losses)
 
     def _selected(self, steps: int) -> slice:
@@ -147,9 +151,11 @@ class TruncatedBPTT:
     ) -> MetaGradient:
         meta = rule.flat_parameters().detach().requires_grad_()
         params, state, grads = progress.params.clone(), progress.state, progress.grads
-        losses = [progress.losses]
+        losses, sizes = [progress.losses], progress.run.tensor_sizes
+        of_start = rule.learned_start and progress.step == 0
+        first_state = state = state.clone().requires_grad_(of_start)
         for t in range(steps):
-            update, state = rule.reference_step(grads, state, progress.step + t, meta)
+            update, state = rule.reference_runs_step(grads, state, progress.step + t, sizes, meta)
             params = (1.0 - lr * weight_decay) * params + lr * update
             loss = progress.run.losses(params, progress.run.next_batch())
             losses.append(loss)
@@ -161,12 +167,14 @@ class TruncatedBPTT:
             )
         all_losses = torch.stack(losses)
         meta_loss = self.meta_loss(all_losses, progress.first_losses)
-        (gradient,) = torch.autograd.grad(meta_loss, meta, allow_unused=True)
+        wanted = (meta, first_state) if of_start else (meta,)
+        gradient, *d_first = torch.autograd.grad(meta_loss, wanted, materialize_grads=True)
+        if of_start:
+            gradient = gradient + rule.start_gradient(d_first[0], sizes)
         progress.step += steps
         progress.params.copy_(params.detach())
         progress.state.copy_(state.detach())
         progress.losses, progress.grads = all_losses[-1].detach().clone(), grads.detach().clone()
-        gradient = torch.zeros_like(meta) if gradient is None else gradient
         return MetaGradient(meta_loss.detach(), gradient, all_losses.detach())
 
 

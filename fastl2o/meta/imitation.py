@@ -92,6 +92,7 @@ def _misfit_gradient(
     The rule acts on every coordinate alone, so blocks of coordinates are differentiated one after
     the other.
     """
+    rule = ops.coordinate_wise(rule)
     meta = rule.flat_parameters().detach().requires_grad_()
     steps, count = grads.shape[0], grads[0].numel()
     flat_grads, flat_targets = grads.reshape(steps, count), targets.reshape(steps, count)

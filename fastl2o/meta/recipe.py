@@ -21,7 +21,7 @@ from ._recipe_schema import OPTIMIZERS, TASKS, RecipeError, check_recipe, naming
 from .estimators import TruncatedBPTT
 from .imitation import Imitation
 from .schedules import LRSchedule, as_horizon
-from .tasks import RandomScaling, Task, WithConvex
+from .tasks import RandomScaling, Task, WithConvex, ensemble
 from .trainer import MetaTrainer
 from .validation import Validation
 
@@ -43,7 +43,8 @@ class Recipe:
         rule: ``family`` and the rule's constructor arguments.
         tasks: each with ``kind`` ("quadratic" or "mlp"), optional ``weight``, the task's arguments,
             and the transforms ``scaling`` (bound of RandomScaling), ``convex`` (num of WithConvex),
-            ``convex_scaling``.
+            ``convex_scaling``. The kind "ensemble" stands for all tasks of ``tasks.ensemble``, or
+            those of its ``families``, which share the ``weight`` equally.
         estimator, trainer, optimizer, schedule, validation, imitation: arguments of those classes.
             A schedule's ``total`` is ``outer_steps`` unless given. ``validation`` and ``imitation``
             are None where left out.
@@ -159,10 +160,7 @@ def build_trainer(
                     f"{recipe.start!r} is {first}, but [rule] asks for {rule}; they must agree"
                 )
             rule.load_state_dict(first.state_dict())
-    tasks = [
-        _build_task(source, f"tasks[{i}]", table, data) for i, table in enumerate(recipe.tasks)
-    ]
-    weights = [float(table.get("weight", 1.0)) for table in recipe.tasks]
+    tasks, weights = _build_tasks(source, "tasks", recipe.tasks, data)
     with naming(source, "estimator"):
         estimator = TruncatedBPTT(**recipe.estimator)
     with naming(source, "optimizer"):
@@ -178,10 +176,8 @@ def build_trainer(
     if recipe.validation is not None:
         arguments = {"seed": recipe.seed, **recipe.validation}
         if "tasks" in arguments:
-            tables = enumerate(arguments["tasks"])
-            arguments["tasks"] = [
-                _build_task(source, f"validation.tasks[{i}]", t, data) for i, t in tables
-            ]
+            place = "validation.tasks"
+            arguments["tasks"], _ = _build_tasks(source, place, arguments["tasks"], data)
         with naming(source, "validation"):
             validation = Validation(**arguments)
     with naming(source, "imitation"):
@@ -201,6 +197,37 @@ def build_trainer(
             checkpoint_dir=checkpoint_dir,
             **{**recipe.trainer, **overrides},
         )
+
+
+def _build_tasks(
+    source: str,
+    where: str,
+    tables: list[dict[str, Any]],
+    data: str | os.PathLike[str] | None,
+) -> tuple[list[Task], list[float]]:
+    """The tasks of a list of tables, and how often each is drawn."""
+    tasks: list[Task] = []
+    weights: list[float] = []
+    for index, table in enumerate(tables):
+        weight = float(table.get("weight", 1.0))
+        if table["kind"] != "ensemble":
+            tasks.append(_build_task(source, f"{where}[{index}]", table, data))
+            weights.append(weight)
+            continue
+        options = {name: table[name] for name in ("networks", "held_out") if name in table}
+        families = ensemble(**options)
+        chosen = table.get("families", list(families))
+        unknown = [name for name in chosen if name not in families]
+        if unknown or not chosen:
+            raise RecipeError(
+                f"{source}: {where}[{index}].families must be a list of some of "
+                f"{', '.join(families)}; got {chosen!r}"
+            )
+        for name in chosen:
+            tasks += families[name]
+            share = weight / len(chosen) / len(families[name])
+            weights += [share] * len(families[name])
+    return tasks, weights
 
 
 def _build_task(

@@ -8,13 +8,17 @@ meta-gradient alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _ops_hierarchical as hierarchical
 from .. import ops
+from ..rules import HierarchicalRule
+from .tasks import fork_generator
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -30,7 +34,8 @@ class Progress:
     Attributes:
         run: the runs' task, data and generator.
         params: current parameters ``(R, D)``, stepped in place.
-        state: the rule's state ``(S, R, D)``, stepped in place.
+        state: the rule's state, as ``rule.init_runs`` lays it out (``(S, R, D)`` for rules whose
+            coordinates do not talk to each other), stepped in place.
         step: number of inner steps taken.
         losses: f at ``params`` ``(R,)``; with ``grads`` the evaluation that the next step uses.
         grads: gradient at ``params`` ``(R, D)``.
@@ -65,15 +70,20 @@ class Window(NamedTuple):
 
     grads: Tensor  # (T + 1, R, D): g_0 .. g_T
     losses: Tensor  # (T + 1, R): f_0 .. f_T
-    state: Tensor  # (S, R, D): the rule's state before the window
+    state: Tensor  # the rule's state before the window, as rule.init_runs lays it out
     step: int  # inner steps taken before the window
 
 
 def start(rule: Rule, run: TaskRun) -> Progress:
-    """Begin the runs: zero state, and the first evaluation at the initial parameters."""
+    """Begin the runs: initial state, and the first evaluation at the initial parameters.
+
+    What is random about the state follows from the run's generator, which is left as it is: the
+    same generator gives the same minibatches whatever the rule.
+    """
     params = run.params.clone(memory_format=torch.contiguous_format)
     losses, grads = run.loss_and_grad(params, run.next_batch())
-    state = rule.init_state(params, dtype=params.dtype)
+    ahead = torch.Generator().set_state(run.generator.get_state())
+    state = rule.init_runs(params, run.tensor_sizes, fork_generator(ahead))
     return Progress(run, params, state, 0, losses, grads, losses.clone())
 
 
@@ -82,7 +92,7 @@ def run_window(
 ) -> Window:
     """Advance ``progress`` by ``steps`` inner steps, in place, and record them.
 
-    Each step is one ``ops.step_`` on the ``(R, D)`` tensor. Non-finite gradients are passed on: the
+    Each step is one op call for all runs. Non-finite gradients are passed on: the
     caller sees them in the losses and decides.
 
     Args:
@@ -98,24 +108,38 @@ def run_window(
     losses = progress.losses.new_empty((steps + 1, params.shape[0]))
     grads[0], losses[0] = progress.grads, progress.losses
     window = Window(grads, losses, state.clone(), progress.step)
-    # ops.step_ counts the steps of rules that correct their averages for bias.
-    counters = [torch.tensor(float(progress.step))] if rule.needs_step else None
+    sizes = progress.run.tensor_sizes
     with torch.no_grad():
         for t in range(steps):
-            ops.step_(
-                rule,
-                [params],
-                [grads[t]],
-                [state],
-                counters,
-                lr=lr,
-                weight_decay=weight_decay,
-                maximize=False,
-                nonfinite="pass",
-            )
+            _step(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
             losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
                 params, progress.run.next_batch()
             )
     progress.step += steps
     progress.losses, progress.grads = losses[steps].clone(), grads[steps].clone()
     return window
+
+
+def _step(
+    rule: Rule,
+    params: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    step: int,
+    sizes: Sequence[int],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    if isinstance(rule, HierarchicalRule):
+        hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay)
+        return
+    ops.step_(
+        ops.coordinate_wise(rule),
+        [params],
+        [grads],
+        [state],
+        [torch.tensor(float(step))],
+        lr=lr,
+        weight_decay=weight_decay,
+        nonfinite="pass",
+    )

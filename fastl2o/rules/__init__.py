@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._base import Rule
+from ._coordinate import CoordinateRule
+from .hierarchical import HierarchicalRule
 from .lstm import LSTMRule
 from .rnnprop import RNNPropRule
 
-FAMILIES: dict[str, type[Rule]] = {cls.family: cls for cls in (LSTMRule, RNNPropRule)}
+FAMILIES: dict[str, type[Rule]] = {
+    cls.family: cls for cls in (LSTMRule, RNNPropRule, HierarchicalRule)
+}
 
 
 def from_config(family: str, config: Mapping[str, Any]) -> Rule:
@@ -39,4 +43,12 @@ def from_config(family: str, config: Mapping[str, Any]) -> Rule:
     return cls(**config)
 
 
-__all__ = ["FAMILIES", "LSTMRule", "RNNPropRule", "Rule", "from_config"]
+__all__ = [
+    "FAMILIES",
+    "CoordinateRule",
+    "HierarchicalRule",
+    "LSTMRule",
+    "RNNPropRule",
+    "Rule",
+    "from_config",
+]

@@ -9,22 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import _cells
-from ._base import (
-    LARGEST,
-    Affine,
-    LSTMLayer,
-    Rule,
-    Weights,
-    check_integer,
-    check_number,
-    saturate_gates,
-    truncated_normal_,
-)
+from ._base import LARGEST, Weights, check_integer, check_number
+from ._coordinate import CoordinateRule
+from ._modules import Affine, LSTMLayer, saturate_gates, truncated_normal_
 
 PREPROCESS = ("identity", "log_sign")
 
 
-class LSTMRule(Rule):
+class LSTMRule(CoordinateRule):
     """A stack of LSTM layers and a linear readout, shared by all coordinates.
 
     u = output_scale * (readout(LSTM(...LSTM(features(g)))) ), and u is added to the parameter. The

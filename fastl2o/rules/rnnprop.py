@@ -10,18 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import _cells
-from ._base import (
-    LARGEST,
-    SMALLEST,
-    Affine,
-    LSTMLayer,
-    Rule,
-    Weights,
-    check_integer,
-    check_number,
-    saturate_gates,
-    truncated_normal_,
-)
+from ._base import LARGEST, SMALLEST, Weights, check_integer, check_number
+from ._coordinate import CoordinateRule
+from ._modules import Affine, LSTMLayer, saturate_gates, truncated_normal_
 
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 # Added outside the square root, as in the authors' code (nn_opt/rnn.py).
@@ -41,7 +32,7 @@ class _Moments(NamedTuple):
     correction2: float | Tensor
 
 
-class RNNPropRule(Rule):
+class RNNPropRule(CoordinateRule):
     """Adam-like normalised inputs, a projection, LSTM layers and a bounded readout.
 
     With t = 1, 2, ... the number of this step:

@@ -56,6 +56,14 @@ class TaskRun(ABC):
         """D, the number of coordinates of one run."""
         return self.params.shape[1]
 
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        """How many of a run's D coordinates belong to each of the model's tensors, in order.
+
+        Rules that look at whole tensors need it; one tensor by default.
+        """
+        return (self.dim,)
+
     def next_batch(self) -> Batch:
         """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()

@@ -49,6 +49,10 @@ class _MLPRun(VmapRun):
         self.images, self.labels = task.examples()
         self._pixels: Tensor | None = None
 
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        return tuple(self.task.sizes)
+
     def next_batch(self) -> Batch:
         shape = (self.num_runs, self.task.batch_size)
         return (torch.randint(len(self.labels), shape, generator=self.generator),)

@@ -181,6 +181,10 @@ class _SumRun(TaskRun):
         self.parts = parts
         self._lengths = [_batch_length(part) for part in parts]
 
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        return tuple(size for part in self.parts for size in part.tensor_sizes)
+
     def next_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.next_batch())
 

@@ -32,6 +32,11 @@ class _MinibatchRun(BatchedRun):
         super().__init__(tensors, generator)
         self.sizes, self.batch_size, self.weight_decay = sizes, batch_size, weight_decay
 
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        layers = itertools.pairwise(self.sizes)
+        return tuple(size for n_in, n_out in layers for size in (n_in * n_out, n_out))
+
     def next_batch(self) -> Batch:
         points = self.tensors["inputs"].shape[1]
         shape = (self.num_runs, self.batch_size)

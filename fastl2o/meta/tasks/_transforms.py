@@ -22,6 +22,10 @@ class WrappedRun(TaskRun):
         super().__init__(tensors, generator)
         self.inner = inner
 
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        return self.inner.tensor_sizes
+
     def next_batch(self) -> Batch:
         return self.inner.next_batch()
 
@@ -84,6 +88,10 @@ _CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
 
 
 class _ConvexRun(WrappedRun):
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        return (*self.inner.tensor_sizes, self.tensors["centre"].shape[1])
+
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         dim = self.inner.dim
         scale, centre = self.tensors["scale"], self.tensors["centre"]

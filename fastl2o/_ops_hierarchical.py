@@ -1,0 +1,311 @@
+"""The hierarchical rule's ops: schemas, implementations in plain torch, and their dispatch.
+
+A call steps one or several *problems*: all tensors of a problem share its global state. An
+optimizer is one problem; each run of a meta-training is one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._ops_families import Named, define
+from ._ops_reference import NONFINITE, check_lists, nonfinite_message
+from .rules import HierarchicalRule, _runs
+from .rules.hierarchical import ProblemState
+
+_CONFIG = ("param_size", "tensor_size", "global_size", "num_scales")
+_CONFIG_SCHEMA = ", ".join(f"int {name}" for name in _CONFIG)
+
+
+def step_(
+    rule: HierarchicalRule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hidden: Tensor,
+    *,
+    problems: Sequence[int] = (),
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+    maximize: bool = False,
+    nonfinite: str = "raise",
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of a hierarchical rule in place on lists of tensors.
+
+    A call that raises has changed nothing.
+
+    Args:
+        rule: the rule, whose meta-parameters are read now.
+        params, grads: as for `fastl2o.ops.step_`.
+        planes, tensors: states as `HierarchicalRule.init_tensor` makes them: `(state_planes,
+            *param.shape)` in float32 or bfloat16 (the reference backend also takes float64), and
+            `(tensor_size + 1,)`.
+        steps: 0-dim float32 tensors, steps that each tensor has taken; incremented.
+        hidden: global states `(problems, global_size)`.
+        problems: the problem of each tensor; empty: all belong to the only one.
+        lr, weight_decay: of each tensor.
+        maximize, nonfinite, grad_scale, found_inf: as for `fastl2o.ops.step_`; a tensor that is
+            skipped takes no part in the means.
+
+    Raises:
+        As `fastl2o.ops.step_`.
+    """
+    mode = NONFINITE.get(nonfinite)
+    if mode is None:
+        raise ValueError(
+            f"Invalid nonfinite: {nonfinite!r}; pass one of {', '.join(map(repr, NONFINITE))}"
+        )
+    if not params:
+        return
+    dtype = planes[0].dtype
+    unsupported = ""
+    if dtype not in (torch.float32, torch.bfloat16):
+        unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
+    chosen = backends.choose(params[0].device, unsupported, refuses=_no_gpu)
+    wide = torch.promote_types(dtype, torch.float32)
+    arguments = (
+        *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
+        *(list(problems), rule.flat_buffer(params[0].device, wide), *_numbers(rule)),
+        *([float(x) for x in lr], [float(x) for x in weight_decay], maximize, mode),
+        *(grad_scale, found_inf),
+    )
+    with torch.no_grad():
+        if chosen == "reference":
+            _default_step_(dict(zip(_STEP_NAMES, arguments, strict=True)))
+        else:
+            _STEP(*arguments)
+    # The kernel writes through raw pointers: autograd must learn that these tensors have changed.
+    torch.autograd.graph.increment_version([*params, *planes, *tensors, hidden])
+
+
+def runs_step_(
+    rule: HierarchicalRule,
+    params: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    step: int,
+    sizes: Sequence[int],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Step a batch of runs in place, each a problem of one list op.
+
+    Args:
+        rule: the rule, whose meta-parameters are read now.
+        params, grads: `(R, D)`, contiguous; gradients that are not finite are passed on.
+        state: `(R, W)`, as `rule.init_runs` makes it.
+        step: steps that the runs have taken.
+        sizes: how many of the D coordinates each tensor of a run has.
+        lr, weight_decay: as for `fastl2o.ops.step_`.
+    """
+    runs, count = params.shape[0], len(sizes)
+    rows = [_runs.views(rule, row, sizes) for row in state]
+    hidden = torch.stack([row[2] for row in rows])
+    step_(
+        rule,
+        [piece for run in params for piece in run.split(list(sizes))],
+        [piece for run in grads for piece in run.split(list(sizes))],
+        [planes for row in rows for planes in row[0]],
+        [tensor for row in rows for tensor in row[1]],
+        list(torch.full((runs * count,), float(step), dtype=params.dtype).unbind()),
+        hidden,
+        problems=[run for run in range(runs) for _ in range(count)],
+        lr=[lr] * (runs * count),
+        weight_decay=[weight_decay] * (runs * count),
+        nonfinite="pass",
+    )
+    for row, new in zip(rows, hidden, strict=True):
+        row[2].copy_(new)
+
+
+def unroll_backward(
+    rule: HierarchicalRule,
+    grads: Tensor,
+    state: Tensor,
+    loss_weights: Tensor,
+    *,
+    steps: int,
+    step: int,
+    sizes: Sequence[int],
+    lr: float,
+    weight_decay: float,
+    meta: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`fastl2o.ops.unroll_backward` for this rule, arguments checked, runs' states `(R, W)`."""
+    unsupported = ""
+    if {grads.dtype, state.dtype, meta.dtype} != {torch.float32}:
+        unsupported = "its functional ops take float32 tensors: convert them"
+    chosen = backends.choose(grads.device, unsupported, refuses=_no_gpu)
+    arguments = (
+        *(grads.contiguous(), state.contiguous(), int(step), meta),
+        *(loss_weights.to(meta.dtype).contiguous(), int(steps), list(sizes)),
+        *(*_numbers(rule), float(lr), float(weight_decay)),
+    )
+    with torch.no_grad():
+        if chosen == "reference":
+            return _default_unroll(dict(zip(_UNROLL_NAMES, arguments, strict=True)))
+        d_meta, d_state = _UNROLL(*arguments)
+    return d_meta, d_state
+
+
+def _no_gpu(backend: str) -> str:
+    if backend in ("triton", "cuda"):
+        return "there are no GPU kernels for rules of family 'hierarchical'"
+    return ""
+
+
+def _numbers(rule: HierarchicalRule) -> tuple[int, ...]:
+    return tuple(getattr(rule, name) for name in _CONFIG)
+
+
+@functools.lru_cache(maxsize=64)
+def _maths(*config: int) -> HierarchicalRule:
+    """A rule to run the reference maths with; its own meta-parameters take no memory."""
+    with torch.device("meta"):
+        return HierarchicalRule(*config)
+
+
+def _rule(named: Named) -> HierarchicalRule:
+    return _maths(*(named[name] for name in _CONFIG))
+
+
+def _default_step_(named: Named) -> None:
+    rule = _rule(named)
+    _check_step(rule, named)
+    found_inf = named["found_inf"]
+    if found_inf is not None and found_inf.item() != 0.0:
+        return
+    grads: list[Tensor] = named["grads"]
+    finite = [True] * len(grads)
+    if named["nonfinite"] != NONFINITE["pass"]:
+        finite = [bool(torch.isfinite(grad).all()) for grad in grads]
+        if named["nonfinite"] == NONFINITE["raise"] and not all(finite):
+            raise RuntimeError(nonfinite_message(finite.index(False)))
+    problems = named["problems"] or [0] * len(grads)
+    for number in range(named["global_states"].shape[0]):
+        mine = [i for i, problem in enumerate(problems) if problem == number and finite[i]]
+        _step_problem(rule, named, number, mine)
+
+
+def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[int]) -> None:
+    hidden = named["global_states"][number]
+    params, planes, steps = named["params"], named["planes"], named["steps"]
+    tensors = named["tensor_states"]
+    dtype = torch.promote_types(planes[mine[0]].dtype if mine else hidden.dtype, torch.float32)
+    seen = []
+    for i in mine:
+        grad = named["grads"][i].to(dtype)
+        if named["grad_scale"] is not None:
+            grad = grad / named["grad_scale"].to(dtype)
+            named["grads"][i].copy_(grad)
+        seen.append(-grad if named["maximize"] else grad)
+    state = ProblemState(
+        [planes[i] for i in mine],
+        [tensors[i] for i in mine],
+        [int(steps[i]) for i in mine],
+        hidden.to(dtype),
+    )
+    updates, new = rule.reference_step(seen, state, named["meta"])
+    for place, i in enumerate(mine):
+        update, param = updates[place], params[i]
+        if update is None or not param.numel():
+            continue
+        lr = named["lr"][i]
+        wide = torch.promote_types(param.dtype, torch.float32)
+        keep = 1.0 - lr * named["weight_decay"][i]
+        param.copy_(keep * param.to(wide) + lr * update.to(wide))
+        planes[i].copy_(new.planes[place])
+        tensors[i].copy_(new.tensors[place])
+        steps[i].add_(1)
+    hidden.copy_(new.hidden)
+
+
+def _check_step(rule: HierarchicalRule, named: Named) -> None:
+    params, tensors = named["params"], named["tensor_states"]
+    count = len(params)
+    names = ("grads", "planes", "tensor_states", "steps", "lr", "weight_decay")
+    lengths = [len(named[name]) for name in names]
+    if any(length != count for length in lengths) or len(named["problems"]) not in (0, count):
+        raise ValueError(
+            f"{', '.join(names)}: expected lists as long as params, {count}, got {lengths}, and "
+            f"problems empty or as long, got {len(named['problems'])}"
+        )
+    check_lists(rule, params, named["grads"], named["planes"], named["steps"])
+    hidden = named["global_states"]
+    if hidden.dim() != 2 or hidden.shape[1] != rule.global_size:
+        raise ValueError(
+            f"global_states: expected shape (problems, {rule.global_size}), got "
+            f"{tuple(hidden.shape)}"
+        )
+    for index, tensor in enumerate(tensors):
+        if tensor.shape != (rule.tensor_size + 1,):
+            raise ValueError(
+                f"tensor_states[{index}]: expected shape ({rule.tensor_size + 1},), got "
+                f"{tuple(tensor.shape)}; make it with rule.init_tensor(param, generator)"
+            )
+    for index, problem in enumerate(named["problems"]):
+        if not 0 <= problem < hidden.shape[0]:
+            raise ValueError(
+                f"problems[{index}]: {problem}; there are global states of {hidden.shape[0]}"
+            )
+
+
+def _default_unroll(named: Named) -> tuple[Tensor, Tensor]:
+    """The window's gradient, one step's vector-Jacobian product at a time."""
+    rule, grads, weights = _rule(named), named["grads"], named["loss_weights"]
+    steps, step, sizes, lr = (named[name] for name in ("steps", "step", "sizes", "lr"))
+    meta: Tensor = named["meta"]
+    states = [named["state"]]
+    for t in range(steps - 1):
+        states.append(rule.reference_runs_step(grads[t], states[t], step + t, sizes, meta)[1])
+    adjoint = torch.zeros_like(grads[0])
+    if grads.shape[0] > steps:
+        adjoint = weights[steps, :, None] * grads[steps]
+    d_state, d_meta = torch.zeros_like(states[0]), torch.zeros_like(meta)
+    for t in reversed(range(steps)):
+        leaves = (states[t].detach().requires_grad_(), meta.detach().requires_grad_())
+        with torch.enable_grad():
+            results = rule.reference_runs_step(grads[t], leaves[0], step + t, sizes, leaves[1])
+        d_state, d_step = torch.autograd.grad(
+            results, leaves, (lr * adjoint, d_state), materialize_grads=True
+        )
+        d_meta += d_step
+        adjoint = weights[t, :, None] * grads[t] + (1.0 - lr * named["weight_decay"]) * adjoint
+    return d_meta, d_state
+
+
+def _fake_unroll(named: Named) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(named["meta"]), torch.empty_like(named["state"])
+
+
+def _define(name: str, schema: str, default: Any, fake: Any) -> tuple[Any, tuple[str, ...]]:
+    op = define(name, schema, default, fake, default)
+    return op, tuple(argument.name for argument in op._schema.arguments)
+
+
+_STEP, _STEP_NAMES = _define(
+    "hierarchical_step_",
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] planes, Tensor(d!)[] tensor_states, "
+    "Tensor(e!)[] steps, Tensor(f!) global_states, int[] problems, Tensor meta, "
+    f"{_CONFIG_SCHEMA}, float[] lr, float[] weight_decay, bool maximize, int nonfinite, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    _default_step_,
+    lambda named: None,
+)
+_UNROLL, _UNROLL_NAMES = _define(
+    "hierarchical_unroll_backward",
+    "(Tensor grads, Tensor state, int step, Tensor meta, Tensor loss_weights, int steps, "
+    f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay) -> (Tensor, Tensor)",
+    _default_unroll,
+    _fake_unroll,
+)

@@ -1,0 +1,163 @@
+"""The list-op calls of a step that was planned."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops_hierarchical as hierarchical
+from . import ops
+from ._optim_nonfinite import raise_nonfinite
+from ._optim_plan import Bucket, Groups, Plan, Settings
+from ._optim_state import as_float, new_step
+from ._rounding import step_seed
+from .backends import backend, requested
+from .rules import HierarchicalRule
+
+
+class Amp(NamedTuple):
+    """What torch.amp.GradScaler left on the optimizer for the list op to apply."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def on(self, device: torch.device) -> Amp:
+        """Return the same on another device."""
+        return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: bool) -> None:
+    """Call one list op per bucket.
+
+    ``checked``: all gradients that may not hold NaN or Inf were found not to.
+
+    Raises:
+        RuntimeError: the first bucket's op met a NaN or Inf under the policy "raise", or a backend
+            was forced that cannot take one of the buckets. Nothing is changed then.
+        ValueError: stochastic rounding of states that are not bfloat16. Nothing is changed then.
+    """
+    settings_of = [Settings.of(groups[bucket.group_idx]) for bucket in plan.buckets]
+    for bucket, settings in zip(plan.buckets, settings_of, strict=True):
+        dtype = bucket.states[0]["planes"].dtype
+        if settings.rounding is not None and bucket.shared is not None:
+            raise ValueError(
+                f"group {bucket.group_idx}: stochastic_rounding=True, which {settings.rule!r} does "
+                "not have. Set stochastic_rounding=False"
+            )
+        if settings.rounding is not None and dtype != torch.bfloat16:
+            raise ValueError(
+                f"group {bucket.group_idx}: stochastic_rounding=True, but its states were made in "
+                f"{dtype}. Set stochastic_rounding=False, or build the optimizer with "
+                "state_dtype=torch.bfloat16"
+            )
+    if len(plan.buckets) > 1 and requested() not in ("auto", "reference"):
+        for bucket, settings in zip(plan.buckets, settings_of, strict=True):
+            _rehearse(bucket, settings, groups)
+    for number, (bucket, settings) in enumerate(zip(plan.buckets, settings_of, strict=True)):
+        if settings.nonfinite == "raise" and checked:
+            settings = settings._replace(nonfinite="pass")
+        # from the second bucket on something has been changed, so those were checked before
+        checked = True
+        mine = grads if len(plan.buckets) == 1 else [grads[i] for i in bucket.where]
+        try:
+            owners = [groups[plan.owners[i][0]] for i in bucket.where] if bucket.shared else []
+            _run_bucket(bucket, settings, mine, amp, number, owners)
+        except RuntimeError as error:
+            if "holds NaN or Inf" not in str(error):
+                raise
+            raise_nonfinite(plan, groups, grads, error)
+
+
+def _run_bucket(
+    bucket: Bucket,
+    settings: Settings,
+    grads: list[Tensor],
+    amp: Amp,
+    number: int,
+    owners: Groups,
+) -> None:
+    """``owners``: the group of each parameter, where the rule steps them together."""
+    params = bucket.params
+    planes = [entry["planes"] for entry in bucket.states]
+    steps = [entry["step"] for entry in bucket.states] if settings.rule.needs_step else None
+    copied: list[tuple[Tensor, Tensor]] = []  # (view of the original, contiguous copy)
+    if bucket.irregular:
+        params, grads = list(params), list(grads)
+        for i, layout in bucket.irregular:
+            planes[i] = layout.view(planes[i], planes=1)
+            params[i] = _dense(layout.view(params[i]), copied)
+            # the list op rewrites a gradient only to unscale it
+            unused: list[tuple[Tensor, Tensor]] = []
+            kept = unused if amp.grad_scale is None else copied
+            grads[i] = _dense(layout.view(grads[i]), kept)
+    with backend("reference") if settings.reference else nullcontext():
+        if bucket.shared is not None:
+            _step_together(bucket, settings, params, grads, planes, steps, owners, amp)
+        else:
+            ops.step_(
+                ops.coordinate_wise(settings.rule),
+                params,
+                grads,
+                planes,
+                steps,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                maximize=settings.maximize,
+                nonfinite=settings.nonfinite,
+                rounding_seed=settings.rounding and step_seed(*settings.rounding, number),
+                **amp.on(params[0].device)._asdict(),
+            )
+    for view, dense in copied:
+        view.copy_(dense)
+
+
+def _step_together(
+    bucket: Bucket,
+    settings: Settings,
+    params: list[Tensor],
+    grads: list[Tensor],
+    planes: list[Tensor],
+    steps: list[Tensor] | None,
+    owners: Groups,
+    amp: Amp,
+) -> None:
+    assert isinstance(settings.rule, HierarchicalRule)
+    assert bucket.shared is not None
+    hierarchical.step_(
+        settings.rule,
+        params,
+        grads,
+        planes,
+        [entry["tensor"] for entry in bucket.states],
+        steps or [],
+        bucket.shared["hidden"].unsqueeze(0),
+        lr=[as_float(group["lr"]) for group in owners],
+        weight_decay=[group["weight_decay"] for group in owners],
+        maximize=settings.maximize,
+        nonfinite=settings.nonfinite,
+        **amp.on(params[0].device)._asdict(),
+    )
+
+
+def _rehearse(bucket: Bucket, settings: Settings, groups: Groups) -> None:
+    """Step an empty tensor like those of the bucket: raises what the bucket itself would."""
+    param = bucket.params[0].detach().new_empty(0)
+    param = torch.view_as_real(param)[..., 0] if param.is_complex() else param
+    planes = bucket.states[0]["planes"].new_empty(settings.rule.state_planes, 0)
+    entry = {"planes": planes, "step": new_step(0.0, param.device)}
+    if bucket.shared is not None:
+        entry["tensor"] = bucket.states[0]["tensor"].clone()
+    probe = Bucket(bucket.group_idx, [0], [param], [entry], shared=bucket.shared)
+    owners = [groups[bucket.group_idx]]
+    _run_bucket(probe, settings, [param.clone()], Amp(None, None), 0, owners)
+
+
+def _dense(view: Tensor, copied: list[tuple[Tensor, Tensor]]) -> Tensor:
+    if view.is_contiguous():
+        return view
+    dense = view.contiguous()
+    copied.append((view, dense))
+    return dense

@@ -1,0 +1,46 @@
+"""Weights that rules are built from, and how they are drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """Weight `(out, in)` and bias `(out,)` of a linear map; the rule draws them."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+
+class LSTMLayer(nn.Module):
+    """Weights of one LSTM cell: `(4H, in)`, `(4H, H)` and bias `(4H,)`, gates in order i, f, g, o.
+
+    There is no implicit forget bias: what is stored is all there is.
+    """
+
+    def __init__(self, in_features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, in_features))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+
+
+def saturate_gates(layer: LSTMLayer, forget_bias: float) -> None:
+    """Turn a layer into h' = tanh(c'), c' = sigmoid(forget_bias) c + tanh(0), with every weight 0.
+
+    Input and output gates get bias 40: 1 - sigmoid(40) = 4e-18 is below float64's roundoff.
+    """
+    for parameter in layer.parameters():
+        parameter.zero_()
+    b_i, b_f, _, b_o = layer.bias.chunk(4)
+    b_i.fill_(40.0)
+    b_o.fill_(40.0)
+    b_f.fill_(forget_bias)
+
+
+def truncated_normal_(tensor: Tensor, sd: float, generator: torch.Generator | None) -> None:
+    """Normal, sd as given before truncation at two of them, as TensorFlow's initialiser."""
+    nn.init.trunc_normal_(tensor, std=sd, a=-2 * sd, b=2 * sd, generator=generator)

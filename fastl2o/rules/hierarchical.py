@@ -1,0 +1,327 @@
+"""The hierarchical rule (arXiv 1703.04813): recurrences per parameter, per tensor and global."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _hierarchy as maths
+from . import _runs
+from ._base import Rule, Weights, check_integer
+from ._modules import Affine
+
+# Initial learning rates lie between these.
+LOWEST_RATE, HIGHEST_RATE = 1e-6, 1e-2
+
+
+class ProblemState(NamedTuple):
+    """State of all tensors that are optimized together.
+
+    Attributes:
+        planes: of each tensor, `(state_planes, *shape)`: the parameter GRU's h, then the gradient's
+            averages, their squares, and the log learning rate.
+        tensors: of each tensor, `(tensor_size + 1,)`: the tensor GRU's k, then the mean of the
+            tensor's log rates.
+        steps: of each tensor, the steps it has taken.
+        hidden: the global GRU's z, `(global_size,)`.
+    """
+
+    planes: list[Tensor]
+    tensors: list[Tensor]
+    steps: list[int]
+    hidden: Tensor
+
+
+class HierarchicalRule(Rule):
+    """Three levels of GRUs, which let the parameters of a model talk to each other.
+
+    A GRU for each parameter reads 12 features of the gradient's moving averages; one for each
+    tensor reads the means of those over its parameters, and one reads the means over all tensors.
+    The upper two inject biases into the ones below at the next step. A parameter's update is
+    -exp(log rate) d / rms(d), rms over its tensor, with its own log learning rate, which the rule
+    adapts from a random start. 19 state numbers and 704 multiply-adds a parameter.
+
+    Flat meta-parameters: initial states, readouts, then the three GRUs and the three maps of
+    injected biases. The default has 8,349.
+
+    Args:
+        param_size, tensor_size, global_size: hidden sizes of the three levels, 1 to 64.
+        num_scales: time scales of the gradient's moving averages, 1 to 8.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is listed here.
+
+    Example:
+        >>> rule = HierarchicalRule()
+        >>> rule.num_meta_parameters, rule.state_planes
+        (8349, 19)
+        >>> params = [torch.zeros(3, 2), torch.zeros(3)]
+        >>> state = rule.init_problem(params, seed=0)
+        >>> updates, state = rule.reference_step([torch.ones(3, 2), None], state)
+        >>> updates[0].shape, updates[1], state.steps
+        (torch.Size([3, 2]), None, [1, 0])
+    """
+
+    family: ClassVar[str] = "hierarchical"
+    needs_step: ClassVar[bool] = True
+    learned_start: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        param_size: int = 10,
+        tensor_size: int = 20,
+        global_size: int = 20,
+        num_scales: int = 4,
+    ) -> None:
+        super().__init__()
+        self.param_size = check_integer("param_size", param_size, 1, 64)
+        self.tensor_size = check_integer("tensor_size", tensor_size, 1, 64)
+        self.global_size = check_integer("global_size", global_size, 1, 64)
+        self.num_scales = check_integer("num_scales", num_scales, 1, 8)
+        self.param_start = nn.Parameter(torch.empty(param_size))
+        self.tensor_start = nn.Parameter(torch.empty(tensor_size))
+        self.global_start = nn.Parameter(torch.empty(global_size))
+        self.direction = nn.Parameter(torch.empty(param_size))
+        self.shortcut = nn.Parameter(torch.empty(num_scales))
+        self.rate = nn.Parameter(torch.empty(param_size))
+        self.rate_bias = nn.Parameter(torch.empty(()))
+        self.square_decay = nn.Parameter(torch.empty(param_size))
+        self.square_decay_bias = nn.Parameter(torch.empty(()))
+        self.average_decay = nn.Parameter(torch.empty(param_size))
+        self.average_decay_bias = nn.Parameter(torch.empty(()))
+        self.rate_momentum = nn.Parameter(torch.empty(()))
+        self.log_rate_offset = nn.Parameter(torch.empty(()))
+        inputs = 3 * num_scales
+        self.param_gru = maths.GRUCell(inputs, param_size)
+        self.tensor_gru = maths.GRUCell(param_size + inputs, tensor_size)
+        self.global_gru = maths.GRUCell(tensor_size, global_size)
+        self.tensor_to_param = Affine(tensor_size, 3 * param_size)
+        self.global_to_param = Affine(global_size, 3 * param_size)
+        self.global_to_tensor = Affine(global_size, 3 * tensor_size)
+        self.reset_parameters()
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("param_size", "tensor_size", "global_size", "num_scales")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def state_planes(self) -> int:
+        """Number of state numbers per parameter, param_size + 2 * num_scales + 1."""
+        return self.param_size + 2 * self.num_scales + 1
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The authors' initialisation: normal weights, sd 0.5/sqrt(in), and forgetful gates."""
+        cells = (self.param_gru, self.tensor_gru, self.global_gru)
+        maps = (self.tensor_to_param, self.global_to_param, self.global_to_tensor)
+        weights = [w for cell in cells for w in (cell.gates, cell.candidate)]
+        for weight in [*weights, *(affine.weight for affine in maps)]:
+            weight.normal_(0.0, 0.5 / math.sqrt(weight.shape[1]), generator=generator)
+        for cell in cells:
+            cell.gates_bias.fill_(2.2)
+            cell.candidate_bias.zero_()
+        for affine in maps:
+            affine.bias.zero_()
+        for start in (self.param_start, self.tensor_start, self.global_start):
+            start.uniform_(-1.0, 1.0, generator=generator)
+        for readout in (self.direction, self.square_decay, self.average_decay):
+            readout.normal_(0.0, 0.5 / math.sqrt(self.param_size), generator=generator)
+        self.shortcut.normal_(1 / self.num_scales, 0.05, generator=generator)
+        self.rate.zero_()
+        self.rate_bias.zero_()
+        self.square_decay_bias.fill_(3.2)
+        self.average_decay_bias.fill_(2.2)
+        self.rate_momentum.fill_(3.2)
+        self.log_rate_offset.fill_(-1.0)
+
+    # State
+    # ----------------------------------------------------------------------------------------------
+
+    def init_tensor(
+        self, param: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Planes `(state_planes, *param.shape)` and tensor state before a tensor's first step.
+
+        The log rates are drawn on the CPU: an offset for the tensor plus a number for each element,
+        both uniform between half the logarithms of 1e-6 and 1e-2.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        bounds = (0.5 * math.log(LOWEST_RATE), 0.5 * math.log(HIGHEST_RATE))
+        # In float32, whatever the state's dtype: other dtypes would draw other numbers.
+        offset = torch.empty((), dtype=torch.float32).uniform_(*bounds, generator=generator)
+        rates = torch.empty(param.shape, dtype=torch.float32).uniform_(*bounds, generator=generator)
+        rates += offset
+        planes = torch.zeros((self.state_planes, *param.shape), dtype=dtype, device=param.device)
+        start = self.param_start.detach().to(planes)
+        planes[: self.param_size] = start.view(-1, *(1,) * param.dim())
+        planes[-1] = rates
+        mean = planes[-1].to(wide).mean() if param.numel() else offset.to(param.device, wide)
+        tensor = torch.cat((self.tensor_start.detach().to(mean), mean.reshape(1)))
+        return planes, tensor.to(param.device)
+
+    def init_global(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The global state `(global_size,)` before the first step."""
+        return self.global_start.detach().to(device, dtype, copy=True)
+
+    def init_problem(
+        self, params: Sequence[Tensor], seed: int, dtype: torch.dtype = torch.float32
+    ) -> ProblemState:
+        """State of `params` before their first step; `seed` decides the initial rates."""
+        generator = torch.Generator().manual_seed(seed)
+        pairs = [self.init_tensor(param, generator, dtype) for param in params]
+        device = params[0].device if params else torch.device("cpu")
+        wide = torch.promote_types(dtype, torch.float32)
+        return ProblemState(
+            [planes for planes, _ in pairs],
+            [tensor for _, tensor in pairs],
+            [0] * len(pairs),
+            self.init_global(device, wide),
+        )
+
+    def init_runs(
+        self, params: Tensor, sizes: Sequence[int], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """State `(R, W)` of R runs, a problem each; see `Rule.init_runs`."""
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        rows = []
+        for run in params:
+            pairs = [self.init_tensor(p, generator, params.dtype) for p in run.split(list(sizes))]
+            hidden = self.init_global(params.device, params.dtype)
+            planes, tensors = zip(*pairs, strict=True)
+            rows.append(_runs.pack(ProblemState(list(planes), list(tensors), [], hidden)))
+        return torch.stack(rows)
+
+    def runs_shape(self, runs: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """`(R, W)`; see `Rule.runs_shape`."""
+        return (runs, sum(_runs.widths(self, sizes)))
+
+    # The specification
+    # ----------------------------------------------------------------------------------------------
+
+    def reference_runs_step(
+        self, grads: Tensor, state: Tensor, step: int, sizes: Sequence[int], meta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`reference_step` of every run; see `Rule.reference_runs_step`."""
+
+        def one(grad: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+            planes, tensors, hidden = _runs.views(self, row, sizes)
+            problem = ProblemState(planes, tensors, [step] * len(sizes), hidden)
+            updates, new = self.reference_step(grad.split(list(sizes)), problem, meta)
+            return torch.cat([u for u in updates if u is not None]), _runs.pack(new)
+
+        update, new_state = torch.vmap(one)(grads, state)
+        return update, new_state
+
+    def start_gradient(self, d_state: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What the learned initial states get of the first state's gradient."""
+        gradient = d_state.new_zeros(self.num_meta_parameters)
+        of = self.unflatten(gradient)
+        for row in d_state:
+            planes, tensors, hidden = _runs.views(self, row, sizes)
+            for plane, tensor in zip(planes, tensors, strict=True):
+                of["param_start"] += plane[: self.param_size].sum(dim=1)
+                of["tensor_start"] += tensor[:-1]
+            of["global_start"] += hidden
+        return gradient
+
+    def reference_step(
+        self,
+        grads: Sequence[Tensor | None],
+        state: ProblemState,
+        meta: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], ProblemState]:
+        """One step in plain torch: the specification that every kernel is tested against.
+
+        Differentiable in the gradients, the state and the meta-parameters. A tensor whose gradient
+        is None, or that has no elements, rests and is left out of all means.
+
+        Args:
+            grads: of each tensor, shaped like it, any floating dtype, or None.
+            state: what `init_problem` or the step before returned; its `hidden`'s dtype is that of
+                the maths.
+            meta: flat meta-parameters `(M,)` to use in place of the rule's own.
+
+        Returns:
+            The updates, to be added to the parameters, in the dtype of the maths, and the new
+            state, typed like the old.
+        """
+        named: Mapping[str, Tensor] = (
+            dict(self.named_parameters()) if meta is None else self.unflatten(meta)
+        )
+        weights = {name: value.to(state.hidden.dtype) for name, value in named.items()}
+        active = {i: grad for i, grad in enumerate(grads) if grad is not None and grad.numel()}
+        updates: list[Tensor | None] = [
+            None if grad is None else torch.zeros_like(grad, dtype=state.hidden.dtype)
+            for grad in grads
+        ]
+        if not active:
+            return updates, state
+        count = sum(grad.numel() for grad in active.values())
+        mean_log_rate = sum(
+            state.tensors[i][-1] * (grad.numel() / count) for i, grad in active.items()
+        )
+        assert isinstance(mean_log_rate, Tensor)
+        planes, tensors, steps = list(state.planes), list(state.tensors), list(state.steps)
+        for i, grad in active.items():
+            updates[i], planes[i], tensors[i] = self._step_tensor(
+                grad, planes[i], tensors[i], steps[i] == 0, state.hidden, mean_log_rate, weights
+            )
+            steps[i] += 1
+        means = torch.stack([tensors[i][:-1] for i in active]).mean(dim=0)
+        hidden = maths.gru(means[:, None], state.hidden[:, None], weights, "global_gru", None)[:, 0]
+        return updates, ProblemState(planes, tensors, steps, hidden)
+
+    def _step_tensor(
+        self,
+        grad: Tensor,
+        planes: Tensor,
+        tensor: Tensor,
+        first: bool,
+        hidden: Tensor,
+        mean_log_rate: Tensor,
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Update, new planes and new tensor state (section 3 of the specification, 1 to 9)."""
+        h_size, scales = self.param_size, self.num_scales
+        rows = planes.to(hidden.dtype).reshape(self.state_planes, -1)
+        h, averages, squares, log_rate = rows.split((h_size, scales, scales, 1))
+        log_rate = log_rate[0]
+        k = tensor[:-1].to(hidden.dtype)
+        betas: Tensor | float = 0.0
+        beta_l: Tensor | float = 0.0
+        if not first:
+            beta = torch.sigmoid(weights["average_decay"] @ h + weights["average_decay_bias"])
+            betas = maths.decays(beta, scales)
+            beta_l = torch.sigmoid(weights["square_decay"] @ h + weights["square_decay_bias"])
+        averages, squares, scaled, inputs = maths.features(
+            grad.to(hidden.dtype).reshape(-1),
+            averages,
+            squares,
+            log_rate - mean_log_rate,
+            betas,
+            beta_l,
+        )
+        injected = maths.affine(weights, "tensor_to_param", k)
+        injected = injected + maths.affine(weights, "global_to_param", hidden)
+        h = maths.gru(inputs, h, weights, "param_gru", injected)
+        d = weights["direction"] @ h + weights["shortcut"] @ scaled
+        eta = maths.clip_log_rate(log_rate + weights["rate"] @ h + weights["rate_bias"])
+        rms = torch.sqrt((d * d).mean() + maths.RMS_EPS)
+        update = -torch.exp(eta + weights["log_rate_offset"]) * d / rms
+        momentum = torch.sigmoid(weights["rate_momentum"])
+        log_rate = momentum * log_rate + (1 - momentum) * eta
+        means = torch.cat((h, inputs)).mean(dim=1, keepdim=True)
+        injected = maths.affine(weights, "global_to_tensor", hidden)
+        k = maths.gru(means, k[:, None], weights, "tensor_gru", injected)[:, 0]
+        new_planes = torch.cat((h, averages, squares, log_rate[None]))
+        new_tensor = torch.cat((k, log_rate.mean().reshape(1)))
+        return (
+            update.reshape(grad.shape),
+            new_planes.to(planes.dtype).reshape(planes.shape),
+            new_tensor.to(tensor.dtype),
+        )

@@ -1,0 +1,331 @@
+"""The hierarchical rule's ops on every backend: the in-place step of problems, and windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastl2o
+from fastl2o import HierarchicalRule, meta, ops
+from fastl2o import _ops_hierarchical as hierarchical
+from fastl2o.rules.hierarchical import ProblemState
+from tests.common import present_backends
+from tests.test_hierarchical_rule import F64, detached, make
+
+SHAPES: list[tuple[int, ...]] = [(5, 3), (), (0,), (65,), (1,), (7, 0, 2), (300,)]
+RULES = [(10, 20, 20, 4), (7, 9, 11, 3), (1, 2, 1, 1)]
+BACKENDS = [name for name in present_backends() if name != "triton"]
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class Problem:
+    """Tensors in the layout of the list op, and the same in float64."""
+
+    def __init__(
+        self,
+        rule: HierarchicalRule,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.params = [torch.randn(s, generator=self.generator).to(dtype) for s in shapes]
+        state = rule.init_problem(self.params, seed, state_dtype)
+        self.planes, self.tensors = state.planes, state.tensors
+        self.steps = [torch.zeros(()) for _ in shapes]
+        self.hidden = state.hidden.unsqueeze(0)
+
+    def draw(self) -> list[Tensor]:
+        """Gradients whose size differs from tensor to tensor."""
+        drawn = [torch.randn(p.shape, generator=self.generator) for p in self.params]
+        scales = 10.0 ** torch.randn(len(drawn), generator=self.generator)
+        return [(g * s).to(p.dtype) for g, s, p in zip(drawn, scales, self.params, strict=True)]
+
+    def wide(self) -> tuple[list[Tensor], ProblemState]:
+        """Parameters and state in float64."""
+        return [p.double() for p in self.params], ProblemState(
+            [p.double() for p in self.planes],
+            [t.double() for t in self.tensors],
+            [int(step) for step in self.steps],
+            self.hidden[0].double(),
+        )
+
+    def everything(self) -> list[Tensor]:
+        """All tensors that a step may change."""
+        return [*self.params, *self.planes, *self.tensors, *self.steps, self.hidden]
+
+    def step(self, rule: HierarchicalRule, grads: list[Tensor], **options: Any) -> None:
+        """One step by the op, lr 1 and no decay unless given."""
+        count = len(self.params)
+        given: dict[str, Any] = {"lr": [1.0] * count, "weight_decay": [0.0] * count, **options}
+        hierarchical.step_(
+            rule, self.params, grads, self.planes, self.tensors, self.steps, self.hidden, **given
+        )
+
+
+def close(found: Tensor, expected: Tensor, scale: float = 1e-5) -> None:
+    """Within `scale` of the largest number."""
+    assert found.shape == expected.shape
+    if expected.numel():
+        size = float(expected.abs().max())
+        assert float((found.double() - expected).abs().max()) <= scale * (size + 1e-30)
+
+
+@on_backends
+@pytest.mark.parametrize("sizes", RULES, ids=str)
+def test_steps_are_the_reference_in_float64(sizes: tuple[int, ...], backend: str) -> None:
+    rule = make(*sizes, dtype=torch.float32)
+    twin = make(*sizes)
+    mine = Problem(rule, SHAPES)
+    lr, decay = [0.5 + 0.1 * i for i in range(7)], [0.1 * i for i in range(7)]
+    params, state = mine.wide()
+    for _ in range(4):
+        grads = mine.draw()
+        with fastl2o.backend(backend):
+            mine.step(rule, grads, lr=lr, weight_decay=decay)
+        updates, state = twin.reference_step([g.double() for g in grads], state)
+        state = detached(state)
+        for i, update in enumerate(updates):
+            assert update is not None
+            params[i] = (1 - lr[i] * decay[i]) * params[i] + lr[i] * update.detach()
+    for found, expected in zip(mine.params, params, strict=True):
+        close(found, expected)
+    for found, expected in zip(mine.planes, state.planes, strict=True):
+        close(found, expected)
+    for found, expected in zip(mine.tensors, state.tensors, strict=True):
+        close(found, expected)
+    close(mine.hidden[0], state.hidden)
+    assert [int(step) for step in mine.steps] == state.steps
+
+
+@on_backends
+def test_problems_of_one_call_are_apart(backend: str) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    both = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
+    alone = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
+    hidden = torch.cat([problem.hidden for problem in both])
+    with fastl2o.backend(backend):
+        for _ in range(3):
+            grads = [problem.draw() for problem in both]
+            lists = [
+                [tensor for problem in both for tensor in getattr(problem, name)]
+                for name in ("planes", "tensors", "steps")
+            ]
+            params = [param for problem in both for param in problem.params]
+            hierarchical.step_(
+                rule, params, [*grads[0], *grads[1]], *lists, hidden,
+                problems=[0, 0, 1, 1], lr=[1.0] * 4, weight_decay=[0.0] * 4,
+            )  # fmt: skip
+            for problem, own in zip(alone, grads, strict=True):
+                problem.step(rule, own)
+    for first, second in zip(both, alone, strict=True):
+        for a, b in zip(first.everything()[:-1], second.everything()[:-1], strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(hidden, torch.cat([problem.hidden for problem in alone]))
+
+
+@on_backends
+def test_skipped_tensors_take_no_part(backend: str) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    mine, alone = Problem(rule, [(9,), (33,)]), Problem(rule, [(9,)])
+    grads = mine.draw()
+    grads[1][7] = torch.nan
+    before = [t.clone() for t in (mine.params[1], mine.planes[1], mine.tensors[1], mine.steps[1])]
+    alone.planes[0].copy_(mine.planes[0])
+    alone.tensors[0].copy_(mine.tensors[0])
+    alone.params[0].copy_(mine.params[0])
+    with fastl2o.backend(backend):
+        mine.step(rule, grads, nonfinite="skip")
+        alone.step(rule, grads[:1])
+    after = (mine.params[1], mine.planes[1], mine.tensors[1], mine.steps[1])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(mine.params[0], alone.params[0])
+    assert torch.equal(mine.hidden, alone.hidden)
+
+
+@on_backends
+def test_calls_that_raise_or_found_inf_change_nothing(backend: str) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    mine = Problem(rule, [(9,), (33,)])
+    grads = mine.draw()
+    before = [tensor.clone() for tensor in mine.everything()]
+    with fastl2o.backend(backend):
+        mine.step(rule, grads, found_inf=torch.ones(()))
+        grads[1][7] = torch.inf
+        with pytest.raises(RuntimeError, match="gradient 1 of the list holds NaN or Inf"):
+            mine.step(rule, grads)
+        for wrong in (
+            {"problems": [0, 1]},
+            {"problems": [0]},
+            {"lr": [1.0]},
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=r"problems|lr|lists"):
+                mine.step(rule, mine.draw(), **wrong)
+        mine.tensors[1] = mine.tensors[1][:-1].clone()
+        before[5] = before[5][:-1]
+        with pytest.raises((ValueError, RuntimeError), match="tensor_states"):
+            mine.step(rule, mine.draw())
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.everything(), strict=True))
+
+
+@on_backends
+def test_scaled_and_negated_gradients(backend: str) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    mine, plain = Problem(rule, [(9,), (33,)]), Problem(rule, [(9,), (33,)])
+    grads = mine.draw()
+    scaled = [grad * 8 for grad in grads]
+    with fastl2o.backend(backend):
+        mine.step(rule, scaled, grad_scale=torch.tensor(8.0), maximize=True)
+        plain.step(rule, [-grad for grad in grads])
+    for a, b in zip([*mine.everything(), *scaled], [*plain.everything(), *grads], strict=True):
+        assert torch.equal(a, b)
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    state_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    mine = Problem(rule, [(9,), (33,)], dtype, state_dtype)
+    twin = Problem(rule, [(9,), (33,)], torch.float32, state_dtype)
+    before = [param.clone() for param in mine.params]
+    twin.params = [param.float() for param in mine.params]
+    grads = mine.draw()
+    with fastl2o.backend(backend):
+        mine.step(rule, grads, lr=[1000.0] * 2)
+        twin.step(rule, [grad.float() for grad in grads], lr=[1000.0] * 2)
+    for a, b, start in zip(mine.params, twin.params, before, strict=True):
+        assert not torch.equal(a, start)
+        torch.testing.assert_close(a.float(), b.to(dtype).float())
+    for a, b in zip(mine.planes, twin.planes, strict=True):
+        assert a.dtype == state_dtype
+        torch.testing.assert_close(a, b)
+
+
+@on_backends
+@pytest.mark.parametrize(("steps", "last"), [(1, True), (5, True), (5, False)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_window_gradient_is_that_of_autograd_in_float64(
+    steps: int, last: bool, first: int, backend: str
+) -> None:
+    rule, twin = make(4, 5, 6, 3, dtype=torch.float32), make(4, 5, 6, 3)
+    sizes, runs = (5, 0, 33, 1), 2
+    generator = torch.Generator().manual_seed(steps)
+    params = torch.randn(runs, sum(sizes), generator=generator)
+    count = steps + 1 if last else steps
+    grads = torch.randn(count, *params.shape, generator=generator)
+    weights = torch.rand(count, runs, generator=generator)
+    state = rule.init_runs(params, sizes, generator)
+    if first:  # averages as steps leave them behind
+        for t in range(first):
+            hierarchical.runs_step_(rule, params, grads[0] * (t + 1), state, t, sizes, 1.0, 0.0)
+    lr, decay = 0.7, 0.1
+    with fastl2o.backend(backend):
+        d_meta, d_state = ops.unroll_backward(
+            rule, grads, state, weights, steps=steps, step=first, sizes=sizes,
+            lr=lr, weight_decay=decay,
+        )  # fmt: skip
+    leaves = (
+        twin.flat_parameters().detach().requires_grad_(),
+        state.double().requires_grad_(),
+    )
+    moved, inner = torch.zeros_like(params, dtype=F64), leaves[1]
+    total = torch.zeros((), dtype=F64)
+    for t in range(count - 1 if last else count):
+        update, inner = twin.reference_runs_step(
+            grads[t].double(), inner, first + t, sizes, leaves[0]
+        )
+        moved = (1 - lr * decay) * moved + lr * update
+        if t + 1 < count:
+            value = (grads[t + 1].double() * moved).sum(dim=1)
+            total = total + (weights[t + 1].double() * value).sum()
+    if not total.requires_grad:
+        expected = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    else:
+        expected = torch.autograd.grad(total, leaves)
+    for found, wanted in zip((d_meta, d_state), expected, strict=True):
+        assert found.dtype == torch.float32
+        error = (found.double() - wanted).norm()
+        assert float(error) <= 1e-5 * float(wanted.norm()) + 1e-30
+
+
+def test_window_arguments_are_checked() -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    grads, weights = torch.randn(4, 2, 7), torch.ones(4, 2)
+    state = rule.init_runs(grads[0], (3, 4))
+    with pytest.raises(ValueError, match="sizes"):
+        ops.unroll_backward(rule, grads, state, weights, steps=3, sizes=(3, 3))
+    with pytest.raises(ValueError, match="init_runs"):
+        ops.unroll_backward(rule, grads, state, weights, steps=3)
+    with pytest.raises(TypeError, match="coordinate-wise"):
+        ops.step(rule, grads[0], state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["sum", "log"])
+def test_meta_gradient_reaches_the_learned_starts(objective: str) -> None:
+    rule = make(4, 5, 6, 3)
+    task = meta.tasks.RandomMLP(features=5, hidden=(4,), batch_size=8, points=50)
+    results = {}
+    for path in ("fused", "autograd"):
+        progress = meta.start(rule, task.sample(2, torch.Generator().manual_seed(1), F64))
+        estimator = meta.TruncatedBPTT(unroll=4, objective=objective, path=path)
+        results[path] = [estimator.window(rule, progress) for _ in range(2)]
+    for fused, autograd in zip(results["fused"], results["autograd"], strict=True):
+        torch.testing.assert_close(fused.gradient, autograd.gradient)
+        torch.testing.assert_close(fused.losses, autograd.losses)
+    first, second = (rule.unflatten(result.gradient) for result in results["fused"])
+    assert bool(first["param_start"].any())
+    assert not second["param_start"].any()
+
+
+def test_second_order_is_another_gradient() -> None:
+    rule = make(4, 5, 6, 3)
+    task = meta.tasks.Quadratic(dim=3)
+    found = []
+    for second_order in (False, True):
+        progress = meta.start(rule, task.sample(2, torch.Generator().manual_seed(1), F64))
+        estimator = meta.TruncatedBPTT(unroll=4, second_order=second_order)
+        found.append(estimator.window(rule, progress).gradient)
+    assert bool(found[1].isfinite().all())
+    assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [
+        (meta.tasks.Quadratic(dim=3), (3,)),
+        (meta.tasks.RandomMLP(features=5, hidden=(4,), points=50), (20, 4, 8, 2)),
+        (meta.tasks.MLPClassification("digits", hidden=(20,)), (1280, 20, 200, 10)),
+        (meta.tasks.WithConvex(meta.tasks.Quadratic(dim=3), num=4), (3, 4)),
+        (
+            meta.tasks.SumOf([meta.tasks.Bowl(), meta.tasks.SoftmaxRegression(features=3)]),
+            (2, 6, 2),
+        ),
+    ],
+    ids=repr,
+)
+def test_tasks_name_the_sizes_of_their_tensors(
+    task: meta.tasks.Task, sizes: tuple[int, ...]
+) -> None:
+    run = meta.tasks.GradientNoise(task).sample(2, torch.Generator().manual_seed(0))
+    assert run.tensor_sizes == sizes
+    assert sum(sizes) == run.dim
+
+
+def test_imitation_is_refused() -> None:
+    rule = HierarchicalRule(3, 4, 5, 2)
+    trainer = meta.MetaTrainer(
+        rule,
+        tasks=[meta.tasks.Quadratic(dim=3)],
+        estimator=meta.TruncatedBPTT(unroll=2),
+        horizon=4,
+        optimizer=torch.optim.Adam(rule.parameters()),
+        imitation=meta.Imitation(probability=1.0),
+        progress=False,
+    )
+    with pytest.raises(TypeError, match="coordinate-wise"):
+        trainer.fit(outer_steps=1)
