@@ -284,7 +284,7 @@ def test_flags_choose_the_list_kernels_or_the_reference_loop(
 
 @mirrors("peak_memory_foreach")
 @on_kernels
-@pytest.mark.parametrize("case", COORDINATE_WISE, ids=repr)
+@pytest.mark.parametrize("case", RANDOM, ids=repr)
 def test_kernel_steps_allocate_nothing_after_the_first(case: OptimizerCase) -> None:
     params = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(20)]
     optimizer = LearnedOptimizer(params, case.rule(LR))
