@@ -1,0 +1,157 @@
+"""The hierarchical rule on the CPU: ``python -m bench.hierarchical``, about two minutes.
+
+The step against eager torch and our own LSTM step, its scaling, and the window's gradient against
+eager autograd. Prints a table and writes it to ``bench/reports/hierarchical.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastl2o
+from fastl2o import HierarchicalRule
+from fastl2o import _ops_hierarchical as hierarchical
+from fastl2o.rules.hierarchical import ProblemState
+
+from .common import REPORTS, Contest, Figure, Target, machine, require, set_threads, table
+from .step import Buffers, make_rule
+
+MILLION = 1_000_000
+SIZES = (10_000, 100_000, MILLION, 10_000_000)
+WINDOW, WINDOW_SIZES = 50, (2_000, 100) * 10
+
+
+class Problem:
+    """Parameters, gradients and state of ``count`` tensors of ``size``."""
+
+    def __init__(self, rule: HierarchicalRule, size: int, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.rule = rule
+        self.params = [torch.randn(size, generator=generator) for _ in range(count)]
+        self.grads = [torch.randn(size, generator=generator).mul_(1e-2) for _ in range(count)]
+        self.state = rule.init_problem(self.params, 0)
+        self.steps = [torch.zeros(()) for _ in range(count)]
+        self.hidden = self.state.hidden.unsqueeze(0).clone()
+
+    def step(self) -> None:
+        """One step by the list op."""
+        count = len(self.params)
+        hierarchical.step_(
+            self.rule, self.params, self.grads, self.state.planes, self.state.tensors, self.steps,
+            self.hidden, lr=[1e-3] * count, weight_decay=[0.0] * count,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def eager(self) -> None:
+        """One step by the reference in eager torch."""
+        updates, self.state = self.rule.reference_step(self.grads, self.state)
+        for param, update in zip(self.params, updates, strict=True):
+            assert update is not None
+            param.add_(update, alpha=1e-3)
+
+
+def gate(rule: HierarchicalRule) -> None:
+    """Kernel and eager baseline against float64, three steps."""
+    kernel, eager = Problem(rule, 3_001, 3), Problem(rule, 3_001, 3)
+    exact = HierarchicalRule().double()
+    exact.load_state_dict({name: value.double() for name, value in rule.state_dict().items()})
+    planes, tensors = ([t.double() for t in part] for part in kernel.state[:2])
+    state = ProblemState(planes, tensors, [0] * 3, kernel.state.hidden.double())
+    params = [param.double() for param in kernel.params]
+    for _ in range(3):
+        kernel.step()
+        eager.eager()
+        with torch.no_grad():
+            updates, state = exact.reference_step([g.double() for g in kernel.grads], state)
+        params = [p + 1e-3 * u for p, u in zip(params, updates, strict=True) if u is not None]
+    for name, found in (("kernel", kernel.params), ("eager", eager.params)):
+        error = max(float((a.double() - b).abs().max()) for a, b in zip(found, params, strict=True))
+        require(error < 1e-6, f"{name}: parameters differ from float64 by {error:.1e}")
+
+
+def window(rule: HierarchicalRule) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The gradient of a window of ``WINDOW`` steps, by the kernel and by eager autograd."""
+    generator = torch.Generator().manual_seed(2)
+    params = torch.randn(1, sum(WINDOW_SIZES), generator=generator)
+    grads = torch.randn(WINDOW + 1, *params.shape, generator=generator)
+    weights = torch.ones(WINDOW + 1, 1)
+    state = rule.init_runs(params, WINDOW_SIZES, generator)
+    meta = rule.flat_parameters().detach().requires_grad_()
+
+    def kernel() -> Tensor:
+        found = fastl2o.ops.unroll_backward(
+            rule, grads, state, weights, steps=WINDOW, sizes=WINDOW_SIZES
+        )
+        return found[0]
+
+    def eager() -> Tensor:
+        moved, inner, total = torch.zeros_like(params), state, torch.zeros(())
+        for t in range(WINDOW):
+            update, inner = rule.reference_runs_step(grads[t], inner, t, WINDOW_SIZES, meta)
+            moved = moved + update
+            total = total + (grads[t + 1] * moved).sum()
+        return torch.autograd.grad(total, meta)[0]
+
+    first, second = kernel(), eager()
+    error = float((first - second).norm() / second.norm())
+    require(error < 1e-3, f"window: kernel and float32 autograd differ by {error:.1e}")
+    return kernel, eager
+
+
+def measure(seconds: float) -> list[Figure]:
+    """All figures, each contest of about ``seconds``."""
+    rule = HierarchicalRule()
+    rule.reset_parameters(torch.Generator().manual_seed(0))
+    gate(rule)
+    ours, lstm = Problem(rule, 20_000, 50), Buffers(make_rule("lstm"), 20_000, 50)
+    one, many = Problem(rule, MILLION, 1), Problem(rule, 1_000, 1_000)
+    contest = Contest(
+        {
+            "ours": ours.step, "eager": Problem(rule, 20_000, 50).eager, "lstm": lstm.step,
+            "one": one.step, "many": many.step,
+        },
+        seconds,
+    )  # fmt: skip
+    contest.run()
+    figures = [
+        contest.time("ours", "step, 1e6 parameters in 50 tensors", "ns/parameter", MILLION),
+        contest.ratio("eager", "ours", "against eager torch", Target(10.0)),
+        contest.ratio("lstm", "ours", "against our LSTM step, per parameter", Target(4.0)),
+        contest.ratio("many", "one", "1,000 x 1,000 over 1 x 1,000,000", Target(1.5, False)),
+    ]
+    sizes = Contest({str(n): Problem(rule, n, 1).step for n in SIZES}, seconds)
+    sizes.run()
+    figures += [
+        sizes.time(str(n), f"step, one tensor of {n:.0e}", "ns/parameter", n) for n in SIZES
+    ]
+    kernel, eager = window(rule)
+    windows = Contest({"kernel": kernel, "eager": eager}, seconds)
+    windows.run()
+    label = f"window of {WINDOW} steps, {sum(WINDOW_SIZES):,} parameters in {len(WINDOW_SIZES)}"
+    figures += [
+        windows.time("kernel", f"{label} tensors", "ms"),
+        windows.ratio("eager", "kernel", "window against eager autograd", Target(8.0)),
+    ]
+    return figures
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.hierarchical", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of each of three contests")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    described = ", ".join(f"{key} {value}" for key, value in machine().items())
+    text = "\n".join(["# The hierarchical rule on the CPU", "", described, ""])
+    text += "\n" + "\n".join(table(measure(arguments.seconds))) + "\n"
+    (REPORTS / "hierarchical.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
