@@ -12,8 +12,8 @@ Whatever is kept of a tile lies in the program's scratch as rows of BLOCK floats
     adjoint  1 row, dL/d(parameter) after the step at hand
     d_x      H + 2 rows, the gradients of the first layer's inputs, for RNNprop of g~ and m~ too
 
-A program is one warp. Weight gradients need other threads' rows, after a barrier; layers may read rows
-that other lanes of the warp stored, which only the order of a converged warp makes safe.
+A program is one warp. Weight gradients need other threads' rows, after a barrier; layers may read
+rows that other lanes of the warp stored, which only the order of a converged warp makes safe.
 """
 
 # Triton's functions take Triton's values: annotations would be wrong for either side.
