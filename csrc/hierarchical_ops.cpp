@@ -1,61 +1,40 @@
 // The CPU kernels of the hierarchical rule's ops, against the LibTorch stable ABI. Schemas, fakes
-// and the plain-torch default live in Python (fastl2o/ops.py); this registers the CPU key.
+// and the plain-torch default live in fastl2o/_ops_hierarchical.py; this registers the CPU key.
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu_tensor_args.h"
 #include "hierarchical.h"
-#include "tensor_args.h"
 
 namespace {
 
+using fastl2o::check_floats;
 using fastl2o::DType;
 using fastl2o::floats;
 using fastl2o::has_shape;
 using fastl2o::HierarchicalConfig;
 using fastl2o::HierarchicalLayout;
 using fastl2o::mutable_floats;
+using fastl2o::parallel_for;
+using fastl2o::scalar_of;
+using fastl2o::small_number;
 using fastl2o::cpu::HierarchicalOptions;
 using fastl2o::cpu::HierarchicalTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Checked before it is narrowed.
-int size_argument(int64_t value, int64_t most, const char* name) {
-  STD_TORCH_CHECK(value >= 1 && value <= most, name, " is ", value,
-                  "; the CPU kernels accept 1 to ", most);
-  return int(value);
-}
-
-void check_floats(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be contiguous float32 for the CPU kernels; other types go through the "
-                  "reference backend");
-}
-
 HierarchicalConfig checked_config(const Tensor& meta, int64_t param_size, int64_t tensor_size,
                                   int64_t global_size, int64_t num_scales) {
   HierarchicalConfig config;
-  config.param_size = size_argument(param_size, fastl2o::kMaxUnits, "param_size");
-  config.tensor_size = size_argument(tensor_size, fastl2o::kMaxUnits, "tensor_size");
-  config.global_size = size_argument(global_size, fastl2o::kMaxUnits, "global_size");
-  config.num_scales = size_argument(num_scales, fastl2o::kMaxScales, "num_scales");
+  config.param_size = small_number(param_size, 1, fastl2o::kMaxUnits, "param_size");
+  config.tensor_size = small_number(tensor_size, 1, fastl2o::kMaxUnits, "tensor_size");
+  config.global_size = small_number(global_size, 1, fastl2o::kMaxUnits, "global_size");
+  config.num_scales = small_number(num_scales, 1, fastl2o::kMaxScales, "num_scales");
   check_floats(meta, "meta");
   STD_TORCH_CHECK(meta.numel() == HierarchicalLayout(config).total, "meta holds ", meta.numel(),
                   " numbers; this rule has ", HierarchicalLayout(config).total, " meta-parameters");
   return config;
-}
-
-// The one number of an optional argument.
-std::optional<float> scalar_of(const std::optional<Tensor>& tensor, const char* name) {
-  if (!tensor.has_value()) return std::nullopt;
-  check_floats(*tensor, name);
-  STD_TORCH_CHECK(tensor->numel() == 1, name, " holds ", tensor->numel(), " numbers; expected 1");
-  return *floats(*tensor);
-}
-
-void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
-  torch::stable::parallel_for(0, count, 1, body);
 }
 
 struct StepLists {
@@ -123,14 +102,12 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
-  STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= 2, "nonfinite is ", nonfinite,
-                  "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
   HierarchicalOptions options;
+  options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   options.planes_dtype = check_lists(config, lists, global_states);
   const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
   if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
   options.maximize = maximize;
-  options.nonfinite = fastl2o::cpu::NonFinite(nonfinite);
   options.unscale = scale.has_value();
   options.grad_scale = scale.value_or(1.0f);
   std::vector<HierarchicalTensor> tensors;
@@ -144,9 +121,7 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
   const int64_t bad = fastl2o::cpu::hierarchical_step(
       fastl2o::cpu::best_kernels(), config, floats(meta), tensors, mutable_floats(global_states),
       global_states.size(0), options, parallel_for);
-  STD_TORCH_CHECK(bad < 0, "gradient ", bad,
-                  " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
-                  "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
+  fastl2o::check_finite(bad);
 }
 
 std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
@@ -160,8 +135,7 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
   check_floats(grads, "grads");
   check_floats(state, "state");
   check_floats(loss_weights, "loss_weights");
-  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
-                  " dimensions");
+  fastl2o::check_recorded(grads, loss_weights, steps);
   const int64_t rows = grads.size(0), runs = grads.size(1);
   int64_t dim = 0;
   for (const int64_t size : sizes) {
@@ -171,16 +145,11 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
   STD_TORCH_CHECK(dim == grads.size(2), "sizes add up to ", dim, " but grads has ", grads.size(2),
                   " coordinates a run");
   STD_TORCH_CHECK(step >= 0, "step is ", step, "; expected the number of steps before the window");
-  STD_TORCH_CHECK(steps >= 1 && (rows == steps || rows - 1 == steps), "steps is ", steps,
-                  " but grads records ", rows, " gradients; accepted are steps or steps + 1");
   const int64_t width = fastl2o::cpu::hierarchical_row_size(config, sizes);
   STD_TORCH_CHECK(
       state.dim() == 2 && state.size(0) == runs && state.size(1) == width, "state must be (", runs,
       ", ", width,
       "): a row for each run with its tensors' planes, their states and the global one");
-  STD_TORCH_CHECK(
-      loss_weights.dim() == 2 && loss_weights.size(0) == rows && loss_weights.size(1) == runs,
-      "loss_weights must be (", rows, ", ", runs, ")");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
   fastl2o::cpu::HierarchicalUnrollArgs args;

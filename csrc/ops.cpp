@@ -5,29 +5,25 @@
 #include <tuple>
 #include <vector>
 
-#include "core.h"
-#include "tensor_args.h"
+#include "cpu_tensor_args.h"
 
 namespace {
 
+using fastl2o::check_floats;
 using fastl2o::DType;
 using fastl2o::Family;
 using fastl2o::floats;
 using fastl2o::has_shape;
 using fastl2o::MetaLayout;
 using fastl2o::mutable_floats;
+using fastl2o::parallel_for;
 using fastl2o::RuleConfig;
+using fastl2o::scalar_of;
+using fastl2o::small_number;
 using fastl2o::cpu::StepOptions;
 using fastl2o::cpu::StepTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Checked before it is narrowed.
-int small_number(int64_t value, int64_t least, int64_t most, const char* name) {
-  STD_TORCH_CHECK(value >= least && value <= most, name, " is ", value, "; the CPU kernels accept ",
-                  least, " to ", most);
-  return int(value);
-}
 
 RuleConfig sized_config(Family family, int64_t hidden_size, int64_t num_layers) {
   RuleConfig config;
@@ -65,21 +61,6 @@ void check_config(const RuleConfig& config, const Tensor& meta) {
                   "meta must be a contiguous float32 vector of the rule's meta-parameters");
   STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
                   " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
-}
-
-void check_floats(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be contiguous float32 for the CPU kernels; other types go through the "
-                  "reference backend");
-}
-
-void check_scalar(const Tensor& tensor, const char* name) {
-  check_floats(tensor, name);
-  STD_TORCH_CHECK(tensor.numel() == 1, name, " holds ", tensor.numel(), " numbers; expected 1");
-}
-
-void parallel_for(int64_t count, const fastl2o::cpu::RangeBody& body) {
-  torch::stable::parallel_for(0, count, 1, body);
 }
 
 struct StepLists {
@@ -122,27 +103,20 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
               const std::optional<int64_t>& rounding_seed) {
   check_config(config, meta);
-  STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= 2, "nonfinite is ", nonfinite,
-                  "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
   StepOptions options;
+  options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   options.state_dtype = check_lists(config, lists);
   options.stochastic_rounding = rounding_seed.has_value();
   options.seed = uint64_t(rounding_seed.value_or(0));
   STD_TORCH_CHECK(!options.stochastic_rounding || options.state_dtype == DType::bf16,
                   "rounding_seed is for bfloat16 states");
-  if (found_inf.has_value()) {
-    check_scalar(*found_inf, "found_inf");
-    if (*floats(*found_inf) != 0.0f) return;
-  }
+  const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
+  if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
   options.lr = lr;
   options.weight_decay = weight_decay;
   options.maximize = maximize;
-  options.nonfinite = fastl2o::cpu::NonFinite(nonfinite);
-  if (grad_scale.has_value()) {
-    check_scalar(*grad_scale, "grad_scale");
-    options.unscale = true;
-    options.grad_scale = *floats(*grad_scale);
-  }
+  options.unscale = scale.has_value();
+  options.grad_scale = scale.value_or(1.0f);
   std::vector<StepTensor> tensors;
   tensors.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -154,9 +128,7 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
   }
   const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta),
                                          tensors, options, parallel_for);
-  STD_TORCH_CHECK(bad < 0, "gradient ", bad,
-                  " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
-                  "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
+  fastl2o::check_finite(bad);
 }
 
 std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad,

@@ -102,7 +102,7 @@ def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> 
     Args:
         name_or_path: the name of a shipped rule (see `fastl2o.zoo.names()`), or a path; a string
             counts as a path if it ends in .safetensors or has a path separator.
-        family: accept only rules of this family, "lstm" or "rnnprop".
+        family: accept only rules of this family, "lstm", "rnnprop" or "hierarchical".
 
     Returns:
         The rule, on the CPU, with its `card`.

@@ -80,11 +80,7 @@ class _HierarchicalRuns:
 
     def __init__(self, rule: HierarchicalRule, params: Tensor, run: TaskRun) -> None:
         self.rule, self.params, self.sizes = rule, params, run.tensor_sizes
-        # The run's own generator stays as it is: minibatches are the same for every optimizer.
-        seed = torch.Generator().set_state(run.generator.get_state())
-        drawn = int(torch.randint(2**62, (), generator=seed).item())
-        generator = torch.Generator().manual_seed(drawn)
-        self.state = rule.init_runs(params.detach(), self.sizes, generator)
+        self.state = rule.init_runs(params.detach(), self.sizes, run.generator)
         self.taken = 0
 
     def step(self) -> None:

@@ -23,7 +23,7 @@ def problem_key(group: Mapping[str, Any], param: Tensor) -> Hashable | None:
     rule = group["rule"]
     if not isinstance(rule, HierarchicalRule):
         return None
-    how = (group["maximize"], group["nonfinite"], uses_reference(dict(group)))
+    how = (group["maximize"], group["nonfinite"], uses_reference(group))
     return (id(rule), param.device, group["state_dtype"], *how)
 
 
@@ -53,31 +53,37 @@ def global_problem(entry: Any, rule: HierarchicalRule) -> str | None:
 
 
 def restored_globals(
-    saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]
+    saved: Mapping[Any, Any],
+    saved_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, Tensor]]:
     """Copies of a checkpoint's shared states, each on the device of its problem.
+
+    Args:
+        saved, saved_groups: the checkpoint's states and groups; its options are what counts.
+        groups: the optimizer's groups, whose rules and parameters stay.
 
     Raises:
         ValueError: a problem whose parameters have state has no shared state of its shape.
     """
-    first: dict[str, tuple[HierarchicalRule, Tensor]] = {}
-    names = problem_names(groups)
-    for group in groups:
-        for param in group["params"]:
-            key = problem_key(group, param)
-            if key is not None:
-                first.setdefault(names[key], (group["rule"], param))
+    loaded = [
+        {**options, "rule": group["rule"], "params": group["params"]}
+        for options, group in zip(saved_groups, groups, strict=True)
+    ]
+    names = problem_names(loaded)
     restored: dict[str, dict[str, Tensor]] = {}
-    if not any(not isinstance(key, str) for key in saved):
-        return restored
-    for name, (rule, param) in first.items():
-        problem = global_problem(saved.get(name), rule)
-        if problem is not None:
-            raise ValueError(
-                f"loaded state dict: state[{name!r}] {problem}. It belongs to another rule, or to "
-                "an optimizer whose parameters were on other devices"
-            )
-        hidden = saved[name]["hidden"]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        restored[name] = {"hidden": hidden.detach().to(param.device, wide, copy=True)}
+    for group, saved_group in zip(loaded, saved_groups, strict=True):
+        for param_id, param in zip(saved_group["params"], group["params"], strict=True):
+            name = names.get(problem_key(group, param))
+            if name is None or name in restored or not saved.get(param_id):
+                continue
+            problem = global_problem(saved.get(name), group["rule"])
+            if problem is not None:
+                raise ValueError(
+                    f"loaded state dict: state[{name!r}] {problem}. It belongs to another rule, or "
+                    "to an optimizer whose parameters were on other devices"
+                )
+            hidden = saved[name]["hidden"]
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            restored[name] = {"hidden": hidden.detach().to(param.device, wide, copy=True)}
     return restored

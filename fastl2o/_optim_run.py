@@ -63,7 +63,11 @@ def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: b
         checked = True
         mine = grads if len(plan.buckets) == 1 else [grads[i] for i in bucket.where]
         try:
-            owners = [groups[plan.owners[i][0]] for i in bucket.where] if bucket.shared else []
+            owners = (
+                [groups[plan.owners[i][0]] for i in bucket.where]
+                if bucket.shared is not None
+                else []
+            )
             _run_bucket(bucket, settings, mine, amp, number, owners)
         except RuntimeError as error:
             if "holds NaN or Inf" not in str(error):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._rounding import step_seed
-from .rules import HierarchicalRule, Rule
+from .rules import CoordinateRule, HierarchicalRule, Rule
 
 NONFINITE_POLICIES = ("raise", "skip", "pass")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -202,21 +202,27 @@ def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def new_planes(rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros (S, *param.shape), the planes laid out in memory as ``param`` is.
+    """Return a fresh state (S, *param.shape), its planes laid out in memory as ``param`` is.
+
+    A hierarchical rule's is zeros, to be filled in.
 
     A complex parameter gives (S, *param.shape, 2).
     """
     param = param.detach()
     layout = layout_of(param)
-    shape = (rule.state_planes,)
     if layout is None:
-        return torch.zeros(shape + param.shape, dtype=dtype, device=param.device)
+        return _blank(rule, param, dtype)
     real = torch.view_as_real(param.resolve_conj()) if layout.is_complex else param
     order = layout.order or tuple(range(real.dim()))
-    ordered = real.permute(order)
-    planes = torch.zeros(shape + ordered.shape, dtype=dtype, device=param.device)
+    planes = _blank(rule, real.permute(order), dtype)
     inverse = sorted(range(real.dim()), key=lambda d: order[d])
     return planes.permute(0, *(1 + d for d in inverse))
+
+
+def _blank(rule: Rule, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(rule, CoordinateRule):
+        return rule.init_state(like, dtype)
+    return like.new_zeros((rule.state_planes, *like.shape), dtype=dtype)
 
 
 def new_entry(group: Mapping[str, Any], param: Tensor, index: int) -> dict[str, Tensor]:

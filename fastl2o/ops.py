@@ -5,8 +5,9 @@ that runs anywhere; the compiled extension, loaded here after that, adds CPU ker
 two kinds: an in-place list op for `Optimizer.step`, and functional ops with a registered backward
 for meta-training, since torch does not differentiate through an op that mutates.
 
-`step_`, `step` and `unroll_backward` take a rule of any family, check arguments, choose the backend
-(see `fastl2o.backends`) and call the family's op.
+`step_` and `step` take a coordinate-wise rule of any family, `unroll_backward` any rule; they check
+arguments, choose the backend (see `fastl2o.backends`) and call the family's op. The step of a
+hierarchical rule, which takes tensors together, is in `_ops_hierarchical.py`.
 """
 
 from __future__ import annotations

@@ -282,7 +282,13 @@ class LearnedOptimizer(Optimizer):
         saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
         # The base class would cast the planes to the parameter's dtype, and share the tensors with
         # the checkpoint, so that two optimizers that load the same one step each other's state.
-        restored: dict[Any, dict[str, Any]] = {**restored_globals(state_dict["state"], groups)}
+        completed: list[dict[str, Any]] = [
+            {**{name: group[name] for name in GROUP_DEFAULTS}, **saved, "rule": None}
+            for group, saved in zip(groups, saved_groups, strict=True)
+        ]
+        restored: dict[Any, dict[str, Any]] = {
+            **restored_globals(state_dict["state"], completed, groups)
+        }
         # Shared states go in below: torch would share their dictionaries with the checkpoint.
         others = {k: v for k, v in state_dict["state"].items() if k not in restored}
         for group, saved in zip(groups, saved_groups, strict=True):
@@ -298,10 +304,6 @@ class LearnedOptimizer(Optimizer):
                     restored[p]["tensor"] = entry["tensor"].detach().to(p.device, wide, copy=True)
                 if "step" in entry:
                     restored[p]["step"] = new_step(entry["step"], p.device)
-        completed = [
-            {**{name: group[name] for name in GROUP_DEFAULTS}, **saved, "rule": None}
-            for group, saved in zip(groups, saved_groups, strict=True)
-        ]
         with without_hooks(self):
             super().load_state_dict({**state_dict, "state": others, "param_groups": completed})
         for before, group in zip(groups, self.param_groups, strict=True):

@@ -7,20 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 import fastl2o.ops  # noqa: F401  (loads the ops)
-from fastl2o import backends
 from fastl2o.rules.hierarchical import HierarchicalRule, ProblemState
 from tests.test_cpu_kernels import core
-
-needs_core = pytest.mark.skipif(core is None, reason="fastl2o_core is not built: run `make build`")
-needs_ops = pytest.mark.skipif(
-    "cpu" not in backends.available(), reason="fastl2o._C is not built: run `make build`"
-)
-over_isa = pytest.mark.parametrize("isa", core.instruction_sets() if core else ["baseline"])
 
 DEFAULT, ODD, SMALLEST = (10, 20, 20, 4), (7, 9, 11, 3), (1, 1, 1, 1)
 SHAPES = ((5, 3), (7,), (), (0,), (65,), (2049,), (1,))
@@ -36,13 +28,6 @@ def make_rule(sizes: Sequence[int] = DEFAULT, seed: int = 0) -> HierarchicalRule
         rule.rate.normal_(0.0, 0.1, generator=generator)
         rule.rate_bias.fill_(0.01)
     return rule.double()
-
-
-def reference(
-    rule: HierarchicalRule, grads: Sequence[Tensor | None], state: ProblemState
-) -> tuple[list[Tensor | None], ProblemState]:
-    """The specification's step."""
-    return rule.reference_step(grads, state)
 
 
 @dataclass
@@ -73,7 +58,7 @@ class Problem:
         for _ in range(taken):
             with torch.no_grad():
                 grads = [random_grad(param, generator) for param in params]
-                _, state = reference(rule, [grad.double() for grad in grads], state)
+                _, state = rule.reference_step([grad.double() for grad in grads], state)
         stored = [plane.to(planes) for plane in state.planes]
         own = [tensor.float() for tensor in state.tensors]
         for tensor, plane in zip(own, stored, strict=True):
@@ -176,7 +161,7 @@ def assert_stepped(
 ) -> None:
     """`after` is one step of the reference on from `before`."""
     with torch.no_grad():
-        updates, state = reference(rule, grads, before.problem_state())
+        updates, state = rule.reference_step(grads, before.problem_state())
     for i, update in enumerate(updates):
         moved = before.params[i].double()
         if update is not None and update.numel():

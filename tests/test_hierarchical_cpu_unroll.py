@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastl2o.rules.hierarchical import HierarchicalRule, ProblemState
+from fastl2o.rules import HierarchicalRule, _runs
+from fastl2o.rules.hierarchical import ProblemState
+from tests.common import needs_cpu_kernels
 from tests.hierarchical_cpu import (
     DEFAULT,
     ODD,
@@ -16,17 +18,10 @@ from tests.hierarchical_cpu import (
     TOLERANCE,
     Problem,
     make_rule,
-    needs_core,
-    needs_ops,
-    over_isa,
     same_bits,
 )
-from tests.test_cpu_kernels import core
-
-
-def pack_row(state: ProblemState) -> Tensor:
-    """The row (W,) of one run: planes, tensor states, global state."""
-    return torch.cat([*(t.reshape(-1) for t in (*state.planes, *state.tensors)), state.hidden])
+from tests.test_cpu_kernels import core, over_isa
+from tests.test_cpu_kernels import pytestmark as needs_core
 
 
 @dataclass
@@ -48,7 +43,7 @@ def make_window(
     rows = []
     for run in range(runs):
         problem = Problem.make(rule, [(size,) for size in sizes], taken=taken, seed=run)
-        rows.append(pack_row(problem.problem_state()).float())
+        rows.append(_runs.pack(problem.problem_state()).float())
     shape = (steps + int(last), runs)
     grads = torch.randn(*shape, sum(sizes), generator=generator)
     weights = torch.rand(shape, generator=generator)
@@ -59,20 +54,13 @@ def autograd_unroll(
     rule: HierarchicalRule, window: Window, lr: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
     """dL/d meta and dL/d state in float64 through the reference steps."""
-    sizes, planes, K = list(window.sizes), rule.state_planes, rule.tensor_size
-    widths = [planes * size for size in sizes] + [K + 1] * len(sizes) + [rule.global_size]
+    sizes = list(window.sizes)
     rows = window.state.double().requires_grad_()
     meta = rule.flat_parameters().detach().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for run, row in enumerate(rows):
-        parts = row.split(widths)
-        count = len(sizes)
-        state = ProblemState(
-            [part.view(planes, -1) for part in parts[:count]],
-            list(parts[count : 2 * count]),
-            [window.taken] * count,
-            parts[-1],
-        )
+        planes, tensors, hidden = _runs.views(rule, row, sizes)
+        state = ProblemState(planes, tensors, [window.taken] * len(sizes), hidden)
         grads, weights = window.grads[:, run].double(), window.weights[:, run].double()
         adjoint = torch.zeros(sum(sizes), dtype=torch.float64)
         d_updates = []
@@ -154,28 +142,7 @@ def test_windows_too_long_to_be_recorded_are_replayed_from_checkpoints() -> None
         assert float((result - target).norm()) <= TOLERANCE * float(target.norm())
 
 
-@needs_ops
-def test_the_unroll_op_agrees_with_autograd() -> None:
-    rule = make_rule()
-    window = make_window(rule, (15, 0, 70), 3, 2, 1, True)
-    exact = autograd_unroll(rule, window, 0.7, 0.1)
-    results = torch.ops.fastl2o.hierarchical_unroll_backward(
-        window.grads,
-        window.state,
-        window.taken,
-        rule.flat_parameters().detach().float(),
-        window.weights,
-        window.steps,
-        list(window.sizes),
-        **rule.config(),
-        lr=0.7,
-        weight_decay=0.1,
-    )
-    for result, target in zip(results, exact, strict=True):
-        assert float((result - target).norm()) <= TOLERANCE * float(target.norm())
-
-
-@needs_ops
+@needs_cpu_kernels
 def test_a_window_that_does_not_fit_is_refused() -> None:
     rule = make_rule()
     window = make_window(rule, (15, 7), 2, 1, 0, True)

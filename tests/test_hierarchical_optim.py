@@ -15,10 +15,8 @@ from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule
 from tests.common import present_backends
 from tests.optimizers import assert_same_bits, clone_params, make_params, on_backend, set_grads
 
-BACKENDS = [name for name in present_backends() if name != "triton"]
 
-
-@pytest.fixture(params=BACKENDS, autouse=True)
+@pytest.fixture(params=present_backends(), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Any:
     """Run each test on every backend that takes the rule."""
     with on_backend(request.param) as name:
@@ -144,6 +142,34 @@ def test_a_checkpoint_goes_on_with_the_same_bits_and_shares_nothing() -> None:
     hidden = [each.state["global/0"]["hidden"] for each in (optimizer, other, copied)]
     assert len({tensor.data_ptr() for tensor in hidden}) == 3
     assert_same_bits(hidden[:2], [hidden[2]] * 2)
+
+
+def test_a_checkpoint_of_other_options_and_of_an_unused_group_is_loaded() -> None:
+    rules = [small_rule(1), small_rule(2), small_rule(3)]
+
+    def groups() -> list[dict[str, Any]]:
+        params = parameters((3,), (4,), (5,), (2,))
+        kinds = [{}, {"rule": rules[1]}, {"rule": rules[2]}, {}]
+        return [{"params": [p], **kind} for p, kind in zip(params, kinds, strict=True)]
+
+    optimizer = LearnedOptimizer(groups(), rules[0])
+    optimizer.param_groups[3]["maximize"] = True  # a problem of its own, as the op takes one sign
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(2):
+        set_grads(params, 0)
+        params[1].grad = None
+        optimizer.step()
+    shared = {key for key in optimizer.state if isinstance(key, str)}
+    assert shared == {"global/0", "global/2", "global/3"}
+    other = LearnedOptimizer(groups(), rules[0])
+    other.load_state_dict(optimizer.state_dict())
+    twins = [p for group in other.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for p, twin in zip(params, twins, strict=True):
+            twin.copy_(p)
+    for each in (optimizer, other):
+        steps(each, 2, seed=50)
+    assert_same_bits(params, twins)
 
 
 @pytest.mark.parametrize(

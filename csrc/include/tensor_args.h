@@ -70,27 +70,33 @@ inline UnrollArgs step_window(const RuleConfig& config, const Tensor& d_update,
   return args;
 }
 
+// A window of T steps records gradients (K, R, D) with loss weights (K, R), K = T or T + 1.
+inline void check_recorded(const Tensor& grads, const Tensor& loss_weights, int64_t steps) {
+  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
+                  " dimensions");
+  const int64_t rows = grads.size(0), runs = grads.size(1);
+  STD_TORCH_CHECK(steps >= 1 && (rows == steps || rows - 1 == steps), "steps is ", steps,
+                  " but grads records ", rows, " gradients; accepted are steps or steps + 1");
+  STD_TORCH_CHECK(
+      loss_weights.dim() == 2 && loss_weights.size(0) == rows && loss_weights.size(1) == runs,
+      "loss_weights must be (", rows, ", ", runs, ")");
+}
+
 // A window of recorded gradients (K, R, D).
 inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
                                   const Tensor& state, double step, const Tensor& loss_weights,
                                   int64_t steps, double lr, double weight_decay,
                                   const Tensor& d_state, const Tensor& d_meta) {
-  STD_TORCH_CHECK(grads.dim() == 3, "grads must be (K, runs, dim); it has ", grads.dim(),
-                  " dimensions");
+  check_recorded(grads, loss_weights, steps);
   UnrollArgs args;
   args.rows = grads.size(0);
   args.runs = grads.size(1);
   args.dim = grads.size(2);
   args.steps = steps;
-  STD_TORCH_CHECK(steps >= 1 && (args.rows == steps || args.rows - 1 == steps), "steps is ", steps,
-                  " but grads records ", args.rows, " gradients; accepted are steps or steps + 1");
   STD_TORCH_CHECK(state.dim() == 3 && state.size(0) == config.state_planes() &&
                       state.size(1) == args.runs && state.size(2) == args.dim,
                   "state must be (", config.state_planes(), ", ", args.runs, ", ", args.dim,
                   "): the planes of grads' runs and coordinates");
-  STD_TORCH_CHECK(loss_weights.dim() == 2 && loss_weights.size(0) == args.rows &&
-                      loss_weights.size(1) == args.runs,
-                  "loss_weights must be (", args.rows, ", ", args.runs, ")");
   args.first_step = step;
   args.lr = lr;
   args.weight_decay = weight_decay;

@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import _ops_hierarchical as hierarchical
 from .. import ops
 from ..rules import HierarchicalRule
-from .tasks import fork_generator
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -77,13 +76,11 @@ class Window(NamedTuple):
 def start(rule: Rule, run: TaskRun) -> Progress:
     """Begin the runs: initial state, and the first evaluation at the initial parameters.
 
-    What is random about the state follows from the run's generator, which is left as it is: the
-    same generator gives the same minibatches whatever the rule.
+    What is random about the state follows from the run's generator, which it leaves as it is.
     """
     params = run.params.clone(memory_format=torch.contiguous_format)
     losses, grads = run.loss_and_grad(params, run.next_batch())
-    ahead = torch.Generator().set_state(run.generator.get_state())
-    state = rule.init_runs(params, run.tensor_sizes, fork_generator(ahead))
+    state = rule.init_runs(params, run.tensor_sizes, run.generator)
     return Progress(run, params, state, 0, losses, grads, losses.clone())
 
 

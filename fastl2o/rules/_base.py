@@ -71,7 +71,8 @@ class Rule(nn.Module, abc.ABC):
         Args:
             params: `(R, D)`, the runs' parameters; their dtype is the state's.
             sizes: how many of a run's D coordinates each of its tensors has, in order.
-            generator: draws what is random about the state, if anything is.
+            generator: decides what is random about the state, if anything is, and is left as it
+                was: what is drawn from it afterwards is the same whatever the rule.
         """
 
     @abc.abstractmethod

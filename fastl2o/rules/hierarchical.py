@@ -187,10 +187,14 @@ class HierarchicalRule(Rule):
         self, params: Tensor, sizes: Sequence[int], generator: torch.Generator | None = None
     ) -> Tensor:
         """State `(R, W)` of R runs, a problem each; see `Rule.init_runs`."""
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        ahead = torch.Generator()
+        if generator is not None:
+            ahead.set_state(generator.get_state())
+        # Seeded anew: the run's noise and minibatches must not repeat the rates' random numbers.
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=ahead)))
         rows = []
         for run in params:
-            pairs = [self.init_tensor(p, generator, params.dtype) for p in run.split(list(sizes))]
+            pairs = [self.init_tensor(p, own, params.dtype) for p in run.split(list(sizes))]
             hidden = self.init_global(params.device, params.dtype)
             planes, tensors = zip(*pairs, strict=True)
             rows.append(_runs.pack(ProblemState(list(planes), list(tensors), [], hidden)))

@@ -1,6 +1,6 @@
 """Tasks: families of optimizees with data (see ``Task``), and tasks made from tasks."""
 
-from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun, fork_generator
+from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun
 from ._data import DATA_VARIABLE, find_mnist
 from ._ensemble import ensemble
 from ._functions import BenchmarkFunction, Bowl, Norm
@@ -33,5 +33,4 @@ __all__ = [
     "WithConvex",
     "ensemble",
     "find_mnist",
-    "fork_generator",
 ]
