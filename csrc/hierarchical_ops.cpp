@@ -57,12 +57,29 @@ void check_lengths(const StepLists& lists) {
                   " parameters");
 }
 
-DType check_lists(const HierarchicalConfig& config, const StepLists& lists,
+// What the levels above the parameters' have.
+void check_levels(const HierarchicalConfig& config, const std::vector<Tensor>& tensor_states,
+                  const std::vector<Tensor>& steps, const std::vector<int64_t>& problems,
                   const Tensor& global_states) {
-  check_lengths(lists);
   check_floats(global_states, "global_states");
   STD_TORCH_CHECK(global_states.dim() == 2 && global_states.size(1) == config.global_size,
                   "global_states must be (problems, ", config.global_size, ")");
+  for (size_t i = 0; i < tensor_states.size(); ++i) {
+    check_floats(tensor_states[i], "tensor_states");
+    STD_TORCH_CHECK(tensor_states[i].numel() == config.tensor_size + 1, "tensor state ", i,
+                    " of the list must hold ", config.tensor_size + 1, " numbers");
+    check_floats(steps[i], "steps");
+    STD_TORCH_CHECK(steps[i].numel() == 1, "step ", i, " of the list must be one number");
+    const int64_t problem = problems.empty() ? 0 : problems[i];
+    STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), "problems[", i, "] is ",
+                    problem, "; global_states has ", global_states.size(0), " rows");
+  }
+}
+
+DType check_lists(const HierarchicalConfig& config, const StepLists& lists,
+                  const Tensor& global_states) {
+  check_lengths(lists);
+  check_levels(config, lists.tensor_states, lists.steps, lists.problems, global_states);
   const ScalarType type = lists.planes.empty() ? ScalarType::Float : lists.planes[0].scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                   "planes must be float32 or bfloat16 for the CPU kernels");
@@ -78,17 +95,39 @@ DType check_lists(const HierarchicalConfig& config, const StepLists& lists,
                     " planes of the parameter's shape");
     STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && planes.is_contiguous(),
                     "tensors ", i, " of the lists must be contiguous");
-    check_floats(lists.tensor_states[i], "tensor_states");
-    STD_TORCH_CHECK(lists.tensor_states[i].numel() == config.tensor_size + 1, "tensor state ", i,
-                    " of the list must hold ", config.tensor_size + 1, " numbers");
-    check_floats(lists.steps[i], "steps");
-    STD_TORCH_CHECK(lists.steps[i].numel() == 1, "step ", i, " of the list must be one number");
-    const int64_t problem = lists.problems.empty() ? 0 : lists.problems[i];
-    STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), "problem ", i,
-                    " of the list is ", problem, "; global_states has ", global_states.size(0),
-                    " rows");
   }
   return fastl2o::dtype_of(type, "planes");
+}
+
+// Of tensors that are split over ranks: the coordinates of the whole, and what is shared.
+void check_parts(const HierarchicalConfig& config, const std::vector<Tensor>& params,
+                 const std::vector<int64_t>& counts, const Tensor& sums, const Tensor& raw) {
+  STD_TORCH_CHECK(counts.size() == params.size(), "counts holds ", counts.size(),
+                  " numbers; expected one for each of ", params.size(), " tensors");
+  int64_t total = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    STD_TORCH_CHECK(counts[i] >= std::max<int64_t>(1, params[i].numel()), "count ", i,
+                    " of the list is ", counts[i], "; this part of the tensor alone holds ",
+                    params[i].numel(), " coordinates, and whole tensors that are empty rest");
+    total += params[i].numel();
+  }
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
+                      sums.numel() == int64_t(params.size()) * config.num_sums(),
+                  "sums must be contiguous float64 (", params.size(), ", ", config.num_sums(), ")");
+  check_floats(raw, "raw");
+  STD_TORCH_CHECK(raw.numel() == total, "raw holds ", raw.numel(), " numbers; the parts hold ",
+                  total, " coordinates");
+}
+
+HierarchicalOptions options_of(DType planes_dtype, bool maximize,
+                               const std::optional<Tensor>& grad_scale) {
+  const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
+  HierarchicalOptions options;
+  options.planes_dtype = planes_dtype;
+  options.maximize = maximize;
+  options.unscale = scale.has_value();
+  options.grad_scale = scale.value_or(1.0f);
+  return options;
 }
 
 void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
@@ -102,26 +141,73 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
-  HierarchicalOptions options;
+  HierarchicalOptions options =
+      options_of(check_lists(config, lists, global_states), maximize, grad_scale);
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
-  options.planes_dtype = check_lists(config, lists, global_states);
-  const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
   if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
-  options.maximize = maximize;
-  options.unscale = scale.has_value();
-  options.grad_scale = scale.value_or(1.0f);
   std::vector<HierarchicalTensor> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i)
     tensors.push_back({params[i].mutable_data_ptr(), grads[i].mutable_data_ptr(),
                        planes[i].mutable_data_ptr(), mutable_floats(tensor_states[i]),
-                       mutable_floats(steps[i]), params[i].numel(),
+                       mutable_floats(steps[i]), params[i].numel(), params[i].numel(),
                        fastl2o::dtype_of(params[i].scalar_type(), "params"),
                        problems.empty() ? 0 : problems[i], lr[i], weight_decay[i]});
   const int64_t bad = fastl2o::cpu::hierarchical_step(
       fastl2o::cpu::best_kernels(), config, floats(meta), tensors, mutable_floats(global_states),
       global_states.size(0), options, parallel_for);
   fastl2o::check_finite(bad);
+}
+
+void hierarchical_sweep_(std::vector<Tensor> grads, std::vector<Tensor> planes,
+                         std::vector<Tensor> tensor_states, std::vector<Tensor> steps,
+                         Tensor global_states, std::vector<int64_t> problems,
+                         std::vector<int64_t> counts, Tensor meta, int64_t param_size,
+                         int64_t tensor_size, int64_t global_size, int64_t num_scales,
+                         bool maximize, std::optional<Tensor> grad_scale, Tensor sums, Tensor raw) {
+  const HierarchicalConfig config =
+      checked_config(meta, param_size, tensor_size, global_size, num_scales);
+  const std::vector<double> unused(grads.size(), 0.0);
+  const StepLists lists{grads, grads, planes, tensor_states, steps, problems, unused, unused};
+  const HierarchicalOptions options =
+      options_of(check_lists(config, lists, global_states), maximize, grad_scale);
+  check_parts(config, grads, counts, sums, raw);
+  std::vector<HierarchicalTensor> tensors;
+  for (size_t i = 0; i < grads.size(); ++i)
+    tensors.push_back({nullptr, grads[i].mutable_data_ptr(), planes[i].mutable_data_ptr(),
+                       mutable_floats(tensor_states[i]), mutable_floats(steps[i]), grads[i].numel(),
+                       counts[i], fastl2o::dtype_of(grads[i].scalar_type(), "grads"),
+                       problems.empty() ? 0 : problems[i], 0.0, 0.0});
+  fastl2o::cpu::hierarchical_sweep(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
+                                   floats(global_states), global_states.size(0), options,
+                                   parallel_for, static_cast<double*>(sums.mutable_data_ptr()),
+                                   mutable_floats(raw));
+}
+
+void hierarchical_finish_(std::vector<Tensor> params, std::vector<Tensor> tensor_states,
+                          std::vector<Tensor> steps, Tensor global_states,
+                          std::vector<int64_t> problems, std::vector<int64_t> counts, Tensor meta,
+                          int64_t param_size, int64_t tensor_size, int64_t global_size,
+                          int64_t num_scales, std::vector<double> lr,
+                          std::vector<double> weight_decay, Tensor sums, Tensor raw) {
+  const HierarchicalConfig config =
+      checked_config(meta, param_size, tensor_size, global_size, num_scales);
+  check_lengths({params, params, params, tensor_states, steps, problems, lr, weight_decay});
+  check_levels(config, tensor_states, steps, problems, global_states);
+  check_parts(config, params, counts, sums, raw);
+  std::vector<HierarchicalTensor> tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    STD_TORCH_CHECK(params[i].is_contiguous(), "parameter ", i, " of the list must be contiguous");
+    tensors.push_back({params[i].mutable_data_ptr(), nullptr, nullptr,
+                       mutable_floats(tensor_states[i]), mutable_floats(steps[i]),
+                       params[i].numel(), counts[i],
+                       fastl2o::dtype_of(params[i].scalar_type(), "params"),
+                       problems.empty() ? 0 : problems[i], lr[i], weight_decay[i]});
+  }
+  fastl2o::cpu::hierarchical_finish(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
+                                    mutable_floats(global_states), global_states.size(0),
+                                    parallel_for, static_cast<const double*>(sums.const_data_ptr()),
+                                    mutable_floats(raw));
 }
 
 std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
@@ -174,5 +260,7 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
 
 STABLE_TORCH_LIBRARY_IMPL(fastl2o, CPU, m) {
   m.impl("hierarchical_step_", TORCH_BOX(&hierarchical_step_));
+  m.impl("hierarchical_sweep_", TORCH_BOX(&hierarchical_sweep_));
+  m.impl("hierarchical_finish_", TORCH_BOX(&hierarchical_finish_));
   m.impl("hierarchical_unroll_backward", TORCH_BOX(&hierarchical_unroll_backward));
 }

@@ -14,6 +14,7 @@ struct HierarchicalTensor {
   float* state;  // the tensor GRU's (tensor_size) and last the mean of its log rates
   float* step;   // steps already taken, incremented
   int64_t numel;
+  int64_t count;  // coordinates of the whole tensor: more than numel where it is split over ranks
   DType param_dtype;
   int64_t problem;  // row of the global states
   double lr;
@@ -27,6 +28,20 @@ struct HierarchicalOptions {
   float grad_scale = 1.0f;
   NonFinite nonfinite = NonFinite::raise;
 };
+
+// The two halves of a step, for tensors that are split: between them the caller adds up `sums`
+// (tensors, num_sums) over the parts. No tensor has a count of 0, and gradients are not screened.
+// The first half writes planes, sums and `raw`, the tensors' raw steps end to end.
+void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& config,
+                        const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                        const float* global_states, int64_t problems,
+                        const HierarchicalOptions& options, const ParallelFor& parallel_for,
+                        double* sums, float* raw);
+// The second half writes parameters, tensor states, steps and global states.
+void hierarchical_finish(const TileKernels& kernels, const HierarchicalConfig& config,
+                         const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                         float* global_states, int64_t problems, const ParallelFor& parallel_for,
+                         const double* sums, float* raw);
 
 // Index of the first tensor whose gradient holds NaN or Inf, or -1. Nothing is changed then.
 // global_states: (problems, global_size), read and written.

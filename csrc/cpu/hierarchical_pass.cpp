@@ -53,9 +53,12 @@ void Blocks::for_each(const ParallelFor& parallel_for,
   });
 }
 
-void Pass::prepare_problems(const std::vector<HierarchicalTensor>& tensors,
-                            const float* global_states, int64_t problems) const {
+void Pass::prepare(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
+                   int64_t problems) const {
   const HierarchicalConfig& c = rule.config;
+  memory.sizes.clear();
+  for (const HierarchicalTensor& tensor : tensors) memory.sizes.push_back(tensor.numel);
+  memory.blocks.assign(memory.sizes);
   const size_t count = size_t(problems), to_param = size_t(padded(3 * c.param_size)),
                to_tensor = size_t(padded(3 * c.tensor_size));
   memory.to_param.resize(count * to_param);
@@ -65,9 +68,9 @@ void Pass::prepare_problems(const std::vector<HierarchicalTensor>& tensors,
     sums->assign(count, 0.0);
   for (const HierarchicalTensor& tensor : tensors) {
     const size_t p = size_t(tensor.problem);
-    memory.counts[p] += double(tensor.numel);
+    memory.counts[p] += double(tensor.count);
     memory.tensor_counts[p] += 1.0;
-    memory.log_rates[p] += double(tensor.numel) * double(tensor.state[c.tensor_size]);
+    memory.log_rates[p] += double(tensor.count) * double(tensor.state[c.tensor_size]);
   }
   for_range(parallel_for, problems, kTensorsPerThread, [&](int64_t problem) {
     const size_t p = size_t(problem);
@@ -82,24 +85,20 @@ void Pass::prepare_problems(const std::vector<HierarchicalTensor>& tensors,
   });
 }
 
-// The tensor's level: its sums in the order of its blocks, RMS, state and mean log rate.
-void Pass::finish_tensor(const std::vector<HierarchicalTensor>& tensors, size_t index) const {
+// The tensor's level: RMS, state and mean log rate.
+void Pass::finish_tensor(const HierarchicalTensor& tensor, const double* sums, size_t index) const {
   const HierarchicalConfig& c = rule.config;
-  const HierarchicalTensor& tensor = tensors[index];
-  const int inputs = c.param_size + c.num_features(), num_sums = c.num_sums();
-  double own[kMaxUnits + kMaxFeatures + 2] = {};
-  for (size_t b = memory.blocks.first_of[index]; b < memory.blocks.first_of[index + 1]; ++b)
-    for (int k = 0; k < num_sums; ++k) own[k] += memory.sums[b * size_t(num_sums) + size_t(k)];
-  const double count = double(tensor.numel);
+  const int inputs = c.param_size + c.num_features();
+  const double count = double(tensor.count);
   float* x = memory.means.data() + index * size_t(inputs);
-  for (int k = 0; k < inputs; ++k) x[k] = float(own[k] / count);
+  for (int k = 0; k < inputs; ++k) x[k] = float(sums[k] / count);
   float next[kMaxUnits];
   kernels.hierarchical.gru(
       rule.tensor, x, tensor.state,
       memory.to_tensor.data() + tensor.problem * int64_t(padded(3 * c.tensor_size)), next);
   std::copy_n(next, c.tensor_size, tensor.state);
-  memory.inverse_rms[index] = float(1.0 / std::sqrt(own[inputs] / count + double(kRmsEps)));
-  tensor.state[c.tensor_size] = float(own[inputs + 1] / count);
+  memory.inverse_rms[index] = float(1.0 / std::sqrt(sums[inputs] / count + double(kRmsEps)));
+  tensor.state[c.tensor_size] = float(sums[inputs + 1] / count);
 }
 
 void Pass::finish_problems(const std::vector<HierarchicalTensor>& tensors, float* global_states,
@@ -123,18 +122,12 @@ void Pass::finish_problems(const std::vector<HierarchicalTensor>& tensors, float
   });
 }
 
-void Pass::run(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
-               float* global_states, int64_t problems) const {
+void Pass::sweep(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
+                 double* sums) const {
   const HierarchicalConfig& c = rule.config;
-  memory.sizes.clear();
-  for (const HierarchicalTensor& tensor : tensors) memory.sizes.push_back(tensor.numel);
-  memory.blocks.assign(memory.sizes);
   const size_t num_sums = size_t(c.num_sums()), bias_size = size_t(3 * c.param_size);
   memory.sums.resize(memory.blocks.list.size() * num_sums);
   memory.bias.resize(tensors.size() * bias_size);
-  memory.means.resize(tensors.size() * size_t(c.param_size + c.num_features()));
-  memory.inverse_rms.resize(tensors.size());
-  prepare_problems(tensors, global_states, problems);
   memory.blocks.for_each(parallel_for, [&](size_t index) {
     const Block& block = memory.blocks.list[index];
     const HierarchicalTensor& tensor = tensors[size_t(block.tensor)];
@@ -154,9 +147,33 @@ void Pass::run(const std::vector<HierarchicalTensor>& tensors, float* const* raw
                           memory.sums.data() + index * num_sums};
     kernels.hierarchical.sweep(rule, options, work);
   });
-  for_range(parallel_for, int64_t(tensors.size()), kTensorsPerThread,
-            [&](int64_t index) { finish_tensor(tensors, size_t(index)); });
+  // In the order of the blocks.
+  for_range(parallel_for, int64_t(tensors.size()), kTensorsPerThread, [&](int64_t index) {
+    double* own = sums + size_t(index) * num_sums;
+    std::fill_n(own, num_sums, 0.0);
+    for (size_t b = memory.blocks.first_of[size_t(index)];
+         b < memory.blocks.first_of[size_t(index) + 1]; ++b)
+      for (size_t k = 0; k < num_sums; ++k) own[k] += memory.sums[b * num_sums + k];
+  });
+}
+
+void Pass::finish(const std::vector<HierarchicalTensor>& tensors, const double* sums,
+                  float* global_states, int64_t problems) const {
+  const HierarchicalConfig& c = rule.config;
+  memory.means.resize(tensors.size() * size_t(c.param_size + c.num_features()));
+  memory.inverse_rms.resize(tensors.size());
+  for_range(parallel_for, int64_t(tensors.size()), kTensorsPerThread, [&](int64_t index) {
+    finish_tensor(tensors[size_t(index)], sums + index * c.num_sums(), size_t(index));
+  });
   finish_problems(tensors, global_states, problems);
+}
+
+void Pass::run(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
+               float* global_states, int64_t problems) const {
+  memory.tensor_sums.resize(tensors.size() * size_t(rule.config.num_sums()));
+  prepare(tensors, global_states, problems);
+  sweep(tensors, raw_steps, memory.tensor_sums.data());
+  finish(tensors, memory.tensor_sums.data(), global_states, problems);
 }
 
 }  // namespace fastl2o::cpu

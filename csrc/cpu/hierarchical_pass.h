@@ -34,10 +34,11 @@ struct Blocks {
 struct PassMemory {
   Blocks blocks;
   std::vector<int64_t> sizes;
-  std::vector<double> sums;        // (blocks, num_sums)
-  std::vector<float> bias;         // (tensors, 3H): of the parameter GRU, injected parts included
-  std::vector<float> means;        // (tensors, H + F)
-  std::vector<float> inverse_rms;  // (tensors)
+  std::vector<double> sums;         // (blocks, num_sums)
+  std::vector<double> tensor_sums;  // (tensors, num_sums)
+  std::vector<float> bias;          // (tensors, 3H): of the parameter GRU, injected parts included
+  std::vector<float> means;         // (tensors, H + F)
+  std::vector<float> inverse_rms;   // (tensors)
   // Of each problem: what its global state injects, the mean of its log rates and of its tensors'
   // new states.
   std::vector<float> to_param, to_tensor, mean_log_rate, mean_state;
@@ -51,15 +52,23 @@ struct Pass {
   const ParallelFor& parallel_for;
   PassMemory& memory;
 
-  // Every tensor has coordinates. New planes, tensor states, log rate means and global states, and
-  // each tensor's step before it is normalised, at raw_steps[i].
+  // Every whole tensor has coordinates. Splits them into blocks and readies what the levels above
+  // inject: to be called before the others.
+  void prepare(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
+               int64_t problems) const;
+  // New planes, each tensor's step before it is normalised, at raw_steps[i], and its sums
+  // (tensors, num_sums).
+  void sweep(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
+             double* sums) const;
+  // From the sums of whole tensors: new tensor states, log rate means and global states.
+  void finish(const std::vector<HierarchicalTensor>& tensors, const double* sums,
+              float* global_states, int64_t problems) const;
+  // All three.
   void run(const std::vector<HierarchicalTensor>& tensors, float* const* raw_steps,
            float* global_states, int64_t problems) const;
 
  private:
-  void prepare_problems(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
-                        int64_t problems) const;
-  void finish_tensor(const std::vector<HierarchicalTensor>& tensors, size_t index) const;
+  void finish_tensor(const HierarchicalTensor& tensor, const double* sums, size_t index) const;
   void finish_problems(const std::vector<HierarchicalTensor>& tensors, float* global_states,
                        int64_t problems) const;
 };

@@ -76,7 +76,7 @@ std::vector<HierarchicalTensor> RunBackward::tensors_at(float* row, float* step)
   std::vector<HierarchicalTensor> tensors;
   for (const size_t i : present_)
     tensors.push_back({nullptr, nullptr, row + layout_.planes[i], row + layout_.states[i], step,
-                       layout_.sizes[i], DType::f32, 0, 1.0, 0.0});
+                       layout_.sizes[i], layout_.sizes[i], DType::f32, 0, 1.0, 0.0});
   return tensors;
 }
 

@@ -23,8 +23,11 @@ struct StepMemory {
       raw = AlignedFloats(total);
       raw_size = total;
     }
+    lay_out(tensors, raw.data);
+  }
+
+  void lay_out(const std::vector<HierarchicalTensor>& tensors, float* at) {
     raw_steps.clear();
-    float* at = raw.data;
     for (const HierarchicalTensor& tensor : tensors) {
       raw_steps.push_back(at);
       at += tensor.numel;
@@ -37,7 +40,46 @@ StepMemory& step_memory() {
   return memory;
 }
 
+void update_params(const TileKernels& kernels, const std::vector<HierarchicalTensor>& tensors,
+                   const StepMemory& memory, const ParallelFor& parallel_for) {
+  const Blocks& blocks = memory.pass.blocks;
+  blocks.for_each(parallel_for, [&](size_t index) {
+    const Block& block = blocks.list[index];
+    kernels.hierarchical.apply(tensors[size_t(block.tensor)], block.first, block.last,
+                               memory.raw_steps[size_t(block.tensor)],
+                               memory.pass.inverse_rms[size_t(block.tensor)]);
+  });
+  for (const HierarchicalTensor& tensor : tensors) *tensor.step += 1.0f;
+}
+
 }  // namespace
+
+void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& config,
+                        const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                        const float* global_states, int64_t problems,
+                        const HierarchicalOptions& options, const ParallelFor& parallel_for,
+                        double* sums, float* raw) {
+  StepMemory& memory = step_memory();
+  memory.lay_out(tensors, raw);
+  const PackedStorage packed(config, meta);
+  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  pass.prepare(tensors, global_states, problems);
+  pass.sweep(tensors, memory.raw_steps.data(), sums);
+}
+
+void hierarchical_finish(const TileKernels& kernels, const HierarchicalConfig& config,
+                         const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                         float* global_states, int64_t problems, const ParallelFor& parallel_for,
+                         const double* sums, float* raw) {
+  StepMemory& memory = step_memory();
+  memory.lay_out(tensors, raw);
+  const PackedStorage packed(config, meta);
+  const HierarchicalOptions options;
+  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  pass.prepare(tensors, global_states, problems);
+  pass.finish(tensors, sums, global_states, problems);
+  update_params(kernels, tensors, memory, parallel_for);
+}
 
 int64_t hierarchical_step(const TileKernels& kernels, const HierarchicalConfig& config,
                           const float* meta, std::vector<HierarchicalTensor>& tensors,
@@ -54,14 +96,7 @@ int64_t hierarchical_step(const TileKernels& kernels, const HierarchicalConfig& 
   const PackedStorage packed(config, meta);
   const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
   pass.run(tensors, memory.raw_steps.data(), global_states, problems);
-  const Blocks& blocks = memory.pass.blocks;
-  blocks.for_each(parallel_for, [&](size_t index) {
-    const Block& block = blocks.list[index];
-    kernels.hierarchical.apply(tensors[size_t(block.tensor)], block.first, block.last,
-                               memory.raw_steps[size_t(block.tensor)],
-                               memory.pass.inverse_rms[size_t(block.tensor)]);
-  });
-  for (HierarchicalTensor& tensor : tensors) *tensor.step += 1.0f;
+  update_params(kernels, tensors, memory, parallel_for);
   return -1;
 }
 

@@ -36,6 +36,20 @@ class ProblemState(NamedTuple):
     hidden: Tensor
 
 
+class Sweep(NamedTuple):
+    """What the first half of a step leaves of a tensor, or of a part of one.
+
+    Attributes:
+        raw: the step exp(log rate + o) d before it is normalised, shaped like the gradient.
+        planes: the new planes.
+        sums: over the coordinates, `(num_sums,)`: the new h, the features, d^2, the new log rate.
+    """
+
+    raw: Tensor
+    planes: Tensor
+    sums: Tensor
+
+
 class HierarchicalRule(Rule):
     """Three levels of GRUs, which let the parameters of a model talk to each other.
 
@@ -113,6 +127,11 @@ class HierarchicalRule(Rule):
     def state_planes(self) -> int:
         """Number of state numbers per parameter, param_size + 2 * num_scales + 1."""
         return self.param_size + 2 * self.num_scales + 1
+
+    @property
+    def num_sums(self) -> int:
+        """Number of sums over a tensor that a step needs, param_size + 3 * num_scales + 2."""
+        return self.param_size + 3 * self.num_scales + 2
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -272,15 +291,19 @@ class HierarchicalRule(Rule):
         assert isinstance(mean_log_rate, Tensor)
         planes, tensors, steps = list(state.planes), list(state.tensors), list(state.steps)
         for i, grad in active.items():
-            updates[i], planes[i], tensors[i] = self._step_tensor(
+            swept = self.reference_sweep(
                 grad, planes[i], tensors[i], steps[i] == 0, state.hidden, mean_log_rate, weights
             )
+            planes[i] = swept.planes
+            tensors[i], rms = self.reference_finish(
+                swept.sums / grad.numel(), tensors[i], state.hidden, weights
+            )
+            updates[i] = -swept.raw / rms
             steps[i] += 1
-        means = torch.stack([tensors[i][:-1] for i in active]).mean(dim=0)
-        hidden = maths.gru(means[:, None], state.hidden[:, None], weights, "global_gru", None)[:, 0]
+        hidden = self.reference_global([tensors[i] for i in active], state.hidden, weights)
         return updates, ProblemState(planes, tensors, steps, hidden)
 
-    def _step_tensor(
+    def reference_sweep(
         self,
         grad: Tensor,
         planes: Tensor,
@@ -289,8 +312,18 @@ class HierarchicalRule(Rule):
         hidden: Tensor,
         mean_log_rate: Tensor,
         weights: Weights,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Update, new planes and new tensor state (section 3 of the specification, 1 to 9)."""
+    ) -> Sweep:
+        """The first half of a step, on a tensor or a part of one (arXiv 1703.04813, section 3).
+
+        Args:
+            grad: shaped like the part.
+            planes: `(state_planes, *grad.shape)`.
+            tensor: the whole tensor's state.
+            first: whether this is the tensor's first step.
+            hidden: the global state; its dtype is that of the maths.
+            mean_log_rate: over the whole problem, 0-dim.
+            weights: the meta-parameters by name, in the dtype of the maths.
+        """
         h_size, scales = self.param_size, self.num_scales
         rows = planes.to(hidden.dtype).reshape(self.state_planes, -1)
         h, averages, squares, log_rate = rows.split((h_size, scales, scales, 1))
@@ -315,17 +348,33 @@ class HierarchicalRule(Rule):
         h = maths.gru(inputs, h, weights, "param_gru", injected)
         d = weights["direction"] @ h + weights["shortcut"] @ scaled
         eta = maths.clip_log_rate(log_rate + weights["rate"] @ h + weights["rate_bias"])
-        rms = torch.sqrt((d * d).mean() + maths.RMS_EPS)
-        update = -torch.exp(eta + weights["log_rate_offset"]) * d / rms
+        raw = torch.exp(eta + weights["log_rate_offset"]) * d
         momentum = torch.sigmoid(weights["rate_momentum"])
         log_rate = momentum * log_rate + (1 - momentum) * eta
-        means = torch.cat((h, inputs)).mean(dim=1, keepdim=True)
-        injected = maths.affine(weights, "global_to_tensor", hidden)
-        k = maths.gru(means, k[:, None], weights, "tensor_gru", injected)[:, 0]
         new_planes = torch.cat((h, averages, squares, log_rate[None]))
-        new_tensor = torch.cat((k, log_rate.mean().reshape(1)))
-        return (
-            update.reshape(grad.shape),
-            new_planes.to(planes.dtype).reshape(planes.shape),
-            new_tensor.to(tensor.dtype),
-        )
+        sums = torch.cat((h, inputs, (d * d)[None], log_rate[None])).sum(dim=1)
+        new_planes = new_planes.to(planes.dtype).reshape(planes.shape)
+        return Sweep(raw.reshape(grad.shape), new_planes, sums)
+
+    def reference_finish(
+        self, means: Tensor, tensor: Tensor, hidden: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """The second half: the new state of a tensor and the rms of its direction, 0-dim.
+
+        Args:
+            means: a sweep's sums over the tensor's coordinates, divided by their number.
+            tensor, hidden, weights: as for `reference_sweep`.
+        """
+        inputs, mean_square, log_rate = means.split((self.num_sums - 2, 1, 1))
+        k = tensor[:-1].to(hidden.dtype)[:, None]
+        injected = maths.affine(weights, "global_to_tensor", hidden)
+        k = maths.gru(inputs[:, None], k, weights, "tensor_gru", injected)[:, 0]
+        new_tensor = torch.cat((k, log_rate)).to(tensor.dtype)
+        return new_tensor, torch.sqrt(mean_square[0] + maths.RMS_EPS)
+
+    def reference_global(
+        self, tensors: Sequence[Tensor], hidden: Tensor, weights: Weights
+    ) -> Tensor:
+        """The new global state from the tensors' new states."""
+        means = torch.stack([tensor[:-1] for tensor in tensors]).mean(dim=0)
+        return maths.gru(means[:, None], hidden[:, None], weights, "global_gru", None)[:, 0]
