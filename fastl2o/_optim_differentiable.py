@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from ._optim_nonfinite import first_nonfinite, raise_nonfinite
 from ._optim_plan import Groups, State, create_missing, gather
+from ._optim_shards import is_split
 from ._optim_state import as_float, describe_param
 from .rules import CoordinateRule
 
@@ -32,6 +33,11 @@ def differentiable_step(groups: Groups, state: State) -> None:
             raise RuntimeError(
                 f"{describe_param(groups, *owner)}: differentiable=True needs a coordinate-wise "
                 "rule. Differentiate through rule.reference_step, which steps tensors together"
+            )
+        if is_split(p):
+            raise RuntimeError(
+                f"{describe_param(groups, *owner)} is a DTensor, which differentiable=True does "
+                "not take. Gather it first: p.full_tensor()"
             )
         if p.is_leaf and p.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

@@ -6,8 +6,8 @@ steps: the next step only makes sure, with a handful of list comparisons, that i
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import MutableMapping, Set
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._optim_problem import global_problem, new_global, problem_key, problem_names
+from ._optim_shards import is_split, local, placement_problem
 from ._optim_state import (
     PARAM_DTYPES,
     Layout,
@@ -80,6 +81,19 @@ class Bucket:
     irregular: list[tuple[int, Layout]] = field(default_factory=list)  # (index in params, layout)
     # Of a rule whose parameters talk to each other: their shared state.
     shared: dict[str, Tensor] | None = None
+    split: bool = False  # whether some are DTensors, of which this rank holds parts
+
+    def without(self, left_out: Set[int]) -> Bucket:
+        """The same less some of the active parameters."""
+        kept = [k for k, i in enumerate(self.where) if i not in left_out]
+        layouts = dict(self.irregular)
+        return replace(
+            self,
+            where=[self.where[k] for k in kept],
+            params=[self.params[k] for k in kept],
+            states=[self.states[k] for k in kept],
+            irregular=[(new, layouts[k]) for new, k in enumerate(kept) if k in layouts],
+        )
 
 
 @dataclass(slots=True)
@@ -92,6 +106,7 @@ class Plan:
     rules: list[Rule]  # of each group
     owners: list[tuple[int, int]]  # (group, position) of each active parameter
     active: list[Tensor]  # the parameters that have gradients
+    split: list[int] = field(default_factory=list)  # indices of active ones that are DTensors
     missing: list[int] = field(default_factory=list)  # indices of active ones without state
     buckets: list[Bucket] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)  # of the active gradients
@@ -169,6 +184,7 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
     plan = Plan(params, types, pattern, rules, owners, active)
     for (group_idx, position), p, grad in zip(owners, active, present, strict=True):
         _check_tensors(groups, group_idx, position, p, grad)
+    plan.split = [i for i, p in enumerate(active) if is_split(p)]
     plan.missing = [i for i, p in enumerate(active) if not state.get(p)]
     if not plan.missing:
         _fill(plan, groups, state, present)
@@ -191,12 +207,9 @@ def create_missing(plan: Plan, groups: Groups, state: State, grads: list[Tensor]
 
 
 def _check_tensors(groups: Groups, group_idx: int, position: int, p: Tensor, grad: Tensor) -> None:
-    problem = None
-    if hasattr(p, "to_local"):
-        problem = (
-            "is a DTensor, and sharded parameters are not supported yet. Train it unsharded "
-            "(DistributedDataParallel works)"
-        )
+    problem = placement_problem(p, grad) if is_split(p) else None
+    if problem is not None:
+        pass
     elif p.device.type == "meta":
         problem = "is on the meta device. Materialise the model before the first step"
     elif (p.dtype.to_real() if p.is_complex() else p.dtype) not in PARAM_DTYPES:
@@ -232,10 +245,10 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
     buckets: dict[tuple[Any, ...], Bucket] = {}
     names = problem_names(groups)
     for i, (p, grad, entry) in enumerate(zip(plan.active, grads, states, strict=True)):
-        layout = layout_of(p)
-        if layout is None and not grad.is_contiguous():
+        layout = layout_of(local(p))
+        if layout is None and not local(grad).is_contiguous():
             layout = Layout(is_complex=False, order=None)
-        if not _plain(entry["planes"], layout):
+        if not _plain(local(entry["planes"]), layout):
             group = groups[plan.owners[i][0]]
             entry["planes"] = laid_out(entry["planes"], group["rule"], p, entry["planes"].dtype)
         group_idx = plan.pattern[plan.owners[i][0]]
@@ -248,6 +261,7 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
         if layout is not None:
             bucket.irregular.append((len(bucket.params), layout))
             plan.irregular.append(i)
+        bucket.split |= is_split(p)
         bucket.where.append(i)
         bucket.params.append(p)
         bucket.states.append(entry)

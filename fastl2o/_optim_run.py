@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _ops_hierarchical as hierarchical
+from . import _ops_hierarchical_parts as hierarchical_parts
 from . import ops
 from ._optim_nonfinite import raise_nonfinite
 from ._optim_plan import Bucket, Groups, Plan, Settings
+from ._optim_shards import all_reduce, local
 from ._optim_state import as_float, new_step
 from ._rounding import step_seed
 from .backends import backend, requested
@@ -29,10 +32,21 @@ class Amp(NamedTuple):
         return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 
-def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: bool) -> None:
+def run(
+    plan: Plan,
+    groups: Groups,
+    grads: list[Tensor],
+    amp: Amp,
+    *,
+    checked: bool,
+    skipped: Set[int] = frozenset(),
+) -> None:
     """Call one list op per bucket.
 
-    ``checked``: all gradients that may not hold NaN or Inf were found not to.
+    Args:
+        plan, groups, grads, amp: what to do.
+        checked: all gradients that may not hold NaN or Inf were found not to.
+        skipped: indices of active parameters that are split over ranks and rest in this step.
 
     Raises:
         RuntimeError: the first bucket's op met a NaN or Inf under the policy "raise", or a backend
@@ -61,7 +75,14 @@ def run(plan: Plan, groups: Groups, grads: list[Tensor], amp: Amp, *, checked: b
             settings = settings._replace(nonfinite="pass")
         # from the second bucket on something has been changed, so those were checked before
         checked = True
-        mine = grads if len(plan.buckets) == 1 else [grads[i] for i in bucket.where]
+        if bucket.split:
+            settings = settings._replace(nonfinite="pass")
+            bucket = bucket.without(skipped) if skipped else bucket
+        if not bucket.params:
+            continue
+        mine = grads
+        if len(plan.buckets) > 1 or skipped:
+            mine = [grads[i] for i in bucket.where]
         try:
             owners = (
                 [groups[plan.owners[i][0]] for i in bucket.where]
@@ -86,6 +107,8 @@ def _run_bucket(
     """``owners``: the group of each parameter, where the rule steps them together."""
     params = bucket.params
     planes = [entry["planes"] for entry in bucket.states]
+    if bucket.split:
+        params, grads, planes = ([local(t) for t in ts] for ts in (params, grads, planes))
     steps = [entry["step"] for entry in bucket.states] if settings.rule.needs_step else None
     copied: list[tuple[Tensor, Tensor]] = []  # (view of the original, contiguous copy)
     if bucket.irregular:
@@ -130,27 +153,45 @@ def _step_together(
 ) -> None:
     assert isinstance(settings.rule, HierarchicalRule)
     assert bucket.shared is not None
-    hierarchical.step_(
-        settings.rule,
-        params,
-        grads,
-        planes,
-        [entry["tensor"] for entry in bucket.states],
-        steps or [],
-        bucket.shared["hidden"].unsqueeze(0),
-        lr=[as_float(group["lr"]) for group in owners],
-        weight_decay=[group["weight_decay"] for group in owners],
-        maximize=settings.maximize,
-        nonfinite=settings.nonfinite,
-        **amp.on(params[0].device)._asdict(),
-    )
+    lists: list[list[Any]] = [
+        *(params, grads, planes, [entry["tensor"] for entry in bucket.states], steps or []),
+        *([as_float(group["lr"]) for group in owners], [group["weight_decay"] for group in owners]),
+    ]
+    hidden = bucket.shared["hidden"].unsqueeze(0)
+    scale, found_inf = amp.on(params[0].device)
+    whole = bucket.params
+    if bucket.split:
+        held = [k for k, param in enumerate(whole) if param.numel()]
+        lists = [[values[k] for k in held] for values in lists]
+        whole = [whole[k] for k in held]
+    params, grads, planes, tensors, counters, lr, decay = lists
+    if bucket.split:
+        hierarchical_parts.step_(
+            *(settings.rule, params, grads, planes, tensors, counters, hidden),
+            counts=[param.numel() for param in whole],
+            reduce=lambda sums: all_reduce(sums, whole),
+            lr=lr,
+            weight_decay=decay,
+            maximize=settings.maximize,
+            grad_scale=scale,
+        )
+    else:
+        hierarchical.step_(
+            *(settings.rule, params, grads, planes, tensors, counters, hidden),
+            lr=lr,
+            weight_decay=decay,
+            maximize=settings.maximize,
+            nonfinite=settings.nonfinite,
+            grad_scale=scale,
+            found_inf=found_inf,
+        )
 
 
 def _rehearse(bucket: Bucket, settings: Settings, groups: Groups) -> None:
     """Step an empty tensor like those of the bucket: raises what the bucket itself would."""
-    param = bucket.params[0].detach().new_empty(0)
+    param = local(bucket.params[0].detach()).new_empty(0)
     param = torch.view_as_real(param)[..., 0] if param.is_complex() else param
-    planes = bucket.states[0]["planes"].new_empty(settings.rule.state_planes, 0)
+    planes = local(bucket.states[0]["planes"]).new_empty(settings.rule.state_planes, 0)
     entry = {"planes": planes, "step": new_step(0.0, param.device)}
     if bucket.shared is not None:
         entry["tensor"] = bucket.states[0]["tensor"].clone()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ._optim_shards import is_split, local, part_of, planes_of
 from ._rounding import step_seed
 from .rules import CoordinateRule, HierarchicalRule, Rule
 
@@ -206,9 +207,11 @@ def new_planes(rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
 
     A hierarchical rule's is zeros, to be filled in.
 
-    A complex parameter gives (S, *param.shape, 2).
+    A complex parameter gives (S, *param.shape, 2), one that is split over ranks a DTensor.
     """
     param = param.detach()
+    if is_split(param):
+        return planes_of(new_planes(rule, local(param), dtype), param)
     layout = layout_of(param)
     if layout is None:
         return _blank(rule, param, dtype)
@@ -238,13 +241,27 @@ def new_entry(group: Mapping[str, Any], param: Tensor, index: int) -> dict[str, 
         generator = torch.Generator().manual_seed(step_seed(group["seed"], 0, index))
         real = param.detach()
         real = torch.view_as_real(real.resolve_conj()) if real.is_complex() else real
-        planes, entry["tensor"] = rule.init_tensor(real, generator, group["state_dtype"])
-        entry["planes"].copy_(planes)
+        planes, entry["tensor"] = rule.init_tensor(
+            local(real),
+            generator,
+            group["state_dtype"],
+            shape=real.shape,
+            part=(lambda rates: part_of(rates, real)) if is_split(real) else None,
+        )
+        local(entry["planes"]).copy_(planes)
     return entry
 
 
 def laid_out(planes: Tensor, rule: Rule, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy of ``planes`` in ``dtype`` on the device and in the layout of ``param``."""
+    """Return a copy of ``planes`` in ``dtype`` on the device and in the layout of ``param``.
+
+    For a parameter that is split over ranks, ``planes`` may be whole or split like it.
+    """
+    if is_split(param):
+        fresh = new_planes(rule, param, dtype)
+        own = local(planes) if is_split(planes) else part_of(planes, param, ahead=1)
+        local(fresh).copy_(own)
+        return fresh
     return new_planes(rule, param, dtype).copy_(planes)
 
 

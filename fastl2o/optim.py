@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from ._optim_differentiable import differentiable_step
-from ._optim_nonfinite import first_nonfinite, raise_nonfinite, unchecked
+from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
 from ._optim_problem import restored_globals
 from ._optim_run import Amp, run
@@ -50,7 +50,8 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs or param groups (dicts). A group may carry
             its own ``lr``, ``weight_decay``, ``rule`` and every other option below. Parameters may
-            be float32, float64, bfloat16, float16 or complex, of any shape and memory layout.
+            be float32, float64, bfloat16, float16 or complex, of any shape and memory layout;
+            also DTensors (FSDP2), whose ``planes`` are split like them.
         rule: a :class:`~fastl2o.Rule`, the name of a shipped one or a path to a .safetensors file.
         lr: a finite number >= 0 or a tensor of one element.
         weight_decay: decoupled, multiplied by ``lr``; a finite number >= 0.
@@ -194,17 +195,16 @@ class LearnedOptimizer(Optimizer):
         # the op itself honours found_inf; on other devices than the CPU reading it is a wait
         if (
             amp.found_inf is not None
-            and (to_check or amp.found_inf.device.type == "cpu")
+            and (to_check or plan.split or amp.found_inf.device.type == "cpu")
             and amp.found_inf.item() != 0
         ):
             return
-        if to_check and first_nonfinite([grads[i] for i in to_check]) is not None:
-            raise_nonfinite(plan, groups, grads)
+        skipped = refuse(plan, groups, grads, to_check)
         known = set(self.state) if first_step else set()
         try:
             if first_step:
                 create_missing(plan, groups, self.state, grads)
-            run(plan, groups, grads, amp, checked=first_step)
+            run(plan, groups, grads, amp, checked=first_step, skipped=skipped)
         except Exception:
             # Only the first bucket's op can have refused, so nothing has been stepped.
             self._plan = None

@@ -136,20 +136,6 @@ def _other_shape() -> Tensor:
     return p
 
 
-class _Sharded(torch.Tensor):
-    """Stands in for a DTensor, which needs a process group."""
-
-    def to_local(self) -> Tensor:
-        """What tells a DTensor from others."""
-        return self
-
-
-def _sharded() -> Tensor:
-    p = torch.ones(3).as_subclass(_Sharded)
-    p.grad = torch.ones(3)
-    return p
-
-
 def _expanded() -> Tensor:
     p = torch.ones(1).expand(3)
     p.grad = torch.ones(3)
@@ -163,7 +149,6 @@ def _expanded() -> Tensor:
         (_other_grad_dtype, "of torch.bfloat16.*gradient of torch.float32.*convert"),
         (_other_shape, r"shape \(2, 2\).*gradient of.*shape \(3,\)"),
         (_expanded, "share memory"),
-        (_sharded, "is a DTensor.*unsharded"),
     ],
 )
 def test_parameters_a_step_cannot_take(make: Callable[[], Tensor], message: str) -> None:

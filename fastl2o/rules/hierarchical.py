@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -162,24 +162,37 @@ class HierarchicalRule(Rule):
     # ----------------------------------------------------------------------------------------------
 
     def init_tensor(
-        self, param: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.float32
+        self,
+        param: Tensor,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+        shape: torch.Size | None = None,
+        part: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Planes `(state_planes, *param.shape)` and tensor state before a tensor's first step.
 
         The log rates are drawn on the CPU: an offset for the tensor plus a number for each element,
         both uniform between half the logarithms of 1e-6 and 1e-2.
+
+        Args:
+            param: the tensor, or the part of it that is here.
+            generator: of the CPU.
+            dtype: of the planes.
+            shape: of the whole tensor, if `param` is a part.
+            part: takes the part out of a tensor of that shape.
         """
         wide = torch.promote_types(dtype, torch.float32)
         bounds = (0.5 * math.log(LOWEST_RATE), 0.5 * math.log(HIGHEST_RATE))
         # In float32, whatever the state's dtype: other dtypes would draw other numbers.
         offset = torch.empty((), dtype=torch.float32).uniform_(*bounds, generator=generator)
-        rates = torch.empty(param.shape, dtype=torch.float32).uniform_(*bounds, generator=generator)
+        shape = param.shape if shape is None else shape
+        rates = torch.empty(shape, dtype=torch.float32).uniform_(*bounds, generator=generator)
         rates += offset
         planes = torch.zeros((self.state_planes, *param.shape), dtype=dtype, device=param.device)
         start = self.param_start.detach().to(planes)
         planes[: self.param_size] = start.view(-1, *(1,) * param.dim())
-        planes[-1] = rates
-        mean = planes[-1].to(wide).mean() if param.numel() else offset.to(param.device, wide)
+        planes[-1] = rates if part is None else part(rates)
+        mean = rates.to(dtype).to(wide).mean() if rates.numel() else offset.to(wide)
         tensor = torch.cat((self.tensor_start.detach().to(mean), mean.reshape(1)))
         return planes, tensor.to(param.device)
 
