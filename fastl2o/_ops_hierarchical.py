@@ -71,6 +71,7 @@ def step_(
     unsupported = ""
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
+    unsupported = _no_kernels(rule, unsupported)
     chosen = backends.choose(params[0].device, unsupported, refuses=_no_gpu)
     wide = torch.promote_types(dtype, torch.float32)
     arguments = (
@@ -81,7 +82,7 @@ def step_(
     )
     with torch.no_grad():
         if chosen == "reference":
-            _default_step_(dict(zip(_STEP_NAMES, arguments, strict=True)))
+            _default_step_({**dict(zip(_STEP_NAMES, arguments, strict=True)), "rule": rule})
         else:
             _STEP(*arguments)
     # The kernel writes through raw pointers: autograd must learn that these tensors have changed.
@@ -145,6 +146,7 @@ def unroll_backward(
     unsupported = ""
     if {grads.dtype, state.dtype, meta.dtype} != {torch.float32}:
         unsupported = "its functional ops take float32 tensors: convert them"
+    unsupported = _no_kernels(rule, unsupported)
     chosen = backends.choose(grads.device, unsupported, refuses=_no_gpu)
     arguments = (
         *(grads.contiguous(), state.contiguous(), int(step), meta),
@@ -153,7 +155,8 @@ def unroll_backward(
     )
     with torch.no_grad():
         if chosen == "reference":
-            return _default_unroll(dict(zip(_UNROLL_NAMES, arguments, strict=True)))
+            named = dict(zip(_UNROLL_NAMES, arguments, strict=True))
+            return _default_unroll({**named, "rule": rule})
         d_meta, d_state = _UNROLL(*arguments)
     return d_meta, d_state
 
@@ -169,14 +172,23 @@ def _numbers(rule: HierarchicalRule) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _maths(*config: int) -> HierarchicalRule:
+def _maths(sizes: tuple[int, int, int, int]) -> HierarchicalRule:
     """A rule to run the reference maths with; its own meta-parameters take no memory."""
     with torch.device("meta"):
-        return HierarchicalRule(*config)
+        return HierarchicalRule(*sizes)
 
 
 def _rule(named: Named) -> HierarchicalRule:
-    return _maths(*(named[name] for name in _CONFIG))
+    rule = named.get("rule")  # of a call that is not by the op, which cannot say all of a rule
+    if rule is not None:
+        return rule
+    return _maths(tuple(named[name] for name in _CONFIG))
+
+
+def _no_kernels(rule: HierarchicalRule, problem: str) -> str:
+    if rule.attention:
+        return f"it has no kernels for {rule!r}, whose attention=True"
+    return problem
 
 
 def _default_step_(named: Named) -> None:

@@ -51,6 +51,8 @@ def step_(
     """
     if not params:
         return
+    if rule.attention:
+        raise RuntimeError(f"{rule!r} has attention, which is not there for sharded parameters")
     dtype = planes[0].dtype
     unsupported = ""
     if dtype not in (torch.float32, torch.bfloat16):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from ._optim_state import (
 )
 from .rules import Rule
 
-__all__ = ["LSTM", "LearnedOptimizer", "RNNProp"]
+__all__ = ["LearnedOptimizer"]
 
 RuleLike = Rule | str | os.PathLike[str]
 
@@ -330,69 +330,3 @@ class LearnedOptimizer(Optimizer):
         for p, entry in self.state.items():
             if isinstance(p, Tensor) and isinstance(entry.get("step"), (int, float)):
                 entry["step"] = new_step(entry["step"], p.device)
-
-
-class _NamedOptimizer(LearnedOptimizer):
-    """A LearnedOptimizer with a shipped rule of one family."""
-
-    family: ClassVar[str]
-    shipped: ClassVar[str]
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        *,
-        rule: RuleLike | None = None,
-        **options: Any,
-    ) -> None:
-        resolved = resolve_rule(self.shipped if rule is None else rule)
-        if resolved.family != self.family:
-            raise ValueError(
-                f"Invalid rule: {resolved!r} is of family {resolved.family!r}, "
-                f"{type(self).__name__} takes {self.family!r}. fastl2o.LearnedOptimizer takes any"
-            )
-        super().__init__(params, resolved, lr, weight_decay, maximize, **options)
-
-
-class LSTM(_NamedOptimizer):
-    """The coordinate-wise LSTM optimizer (arXiv 1606.04474) with shipped meta-parameters.
-
-    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
-    ``"lstm-mnist"``, and is keyword-only: another rule of the family "lstm", its name or path.
-
-    Example:
-        >>> import torch, fastl2o
-        >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = fastl2o.LSTM(model.parameters(), rule=fastl2o.LSTMRule(hidden_size=8))
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> optimizer.step()
-        >>> optimizer.state[model.bias]["planes"].shape
-        torch.Size([32, 1])
-    """
-
-    family = "lstm"
-    shipped = "lstm-mnist"
-
-
-class RNNProp(_NamedOptimizer):
-    """RNNprop (arXiv 1703.03633) with shipped meta-parameters.
-
-    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
-    ``"rnnprop-mnist"``, and is keyword-only: another rule of the family "rnnprop", its name or
-    path.
-
-    Example:
-        >>> import torch, fastl2o
-        >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = fastl2o.RNNProp(model.parameters(), rule=fastl2o.RNNPropRule(hidden_size=8))
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> optimizer.step()
-        >>> float(optimizer.state[model.bias]["step"])
-        1.0
-    """
-
-    family = "rnnprop"
-    shipped = "rnnprop-mnist"

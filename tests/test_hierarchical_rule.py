@@ -19,9 +19,11 @@ from fastl2o.rules.hierarchical import ProblemState
 F64 = torch.float64
 
 
-def make(*sizes: int, seed: int = 0, dtype: torch.dtype = F64) -> HierarchicalRule:
+def make(
+    *sizes: int, seed: int = 0, dtype: torch.dtype = F64, attention: bool = False
+) -> HierarchicalRule:
     """A rule none of whose meta-parameters is zero, the same for every dtype."""
-    rule = HierarchicalRule(*sizes).double()
+    rule = HierarchicalRule(*sizes, attention=attention).double()
     generator = torch.Generator().manual_seed(seed)
     rule.reset_parameters(generator)
     with torch.no_grad():
@@ -79,8 +81,8 @@ def by_the_equations(
     """Updates, columns of new planes, new tensor states and the new global state."""
     w = {name: value.tolist() for name, value in rule.named_parameters()}
     size, scales = rule.param_size, rule.num_scales
-    z = state.hidden.tolist()
-    rates = [rate for planes in state.planes for rate in planes[-1].flatten().tolist()]
+    z, at = state.hidden.tolist(), size + 2 * scales
+    rates = [rate for planes in state.planes for rate in planes[at].flatten().tolist()]
     mean_rate = sum(rates) / len(rates)
     updates, columns, tensors = [], [], []
     for grad, planes, tensor, steps in zip(
@@ -89,16 +91,17 @@ def by_the_equations(
         k = tensor.tolist()[:-1]
         pairs = zip(mapped(w, "tensor_to_param", k), mapped(w, "global_to_param", z), strict=True)
         j = [a + b for a, b in pairs]
-        ds, etas, rows, inputs = [], [], [], []
+        ds, etas, rows, inputs, looks, before = [], [], [], [], [], []
         for g, old in zip(
             grad.flatten().tolist(), planes.reshape(len(planes), -1).T.tolist(), strict=True
         ):
             h, gbar, lam, rate = (
                 old[:size],
                 old[size : size + scales],
-                old[size + scales : -1],
-                old[-1],
+                old[size + scales : at],
+                old[at],
             )
+            before.append(old[-1])
             beta_g = sigmoid(dot(w["average_decay"], h) + w["average_decay_bias"]) if steps else 0.0
             beta_l = sigmoid(dot(w["square_decay"], h) + w["square_decay_bias"]) if steps else 0.0
             betas = [beta_g ** (0.5**s) for s in range(scales)]
@@ -112,6 +115,8 @@ def by_the_equations(
             x += [value - sum(logs) / scales for value in logs] + [rate - mean_rate]
             h = cell(w, "param_gru", x, h, j)
             ds.append(dot(w["direction"], h) + dot(w["shortcut"], m))
+            if rule.attention:
+                looks.append(dot(w["attention_direction"], h) + dot(w["attention_shortcut"], m))
             etas.append(max(-33.0, min(33.0, rate + dot(w["rate"], h) + w["rate_bias"])))
             kept = sigmoid(w["rate_momentum"])
             rows.append([*h, *gbar, *lam, kept * rate + (1 - kept) * etas[-1]])
@@ -119,7 +124,13 @@ def by_the_equations(
         rms = math.sqrt(sum(d * d for d in ds) / len(ds) + 1e-16)
         offset = w["log_rate_offset"]
         updates.append([-math.exp(e + offset) * d / rms for e, d in zip(etas, ds, strict=True)])
-        columns.append(rows)
+        if rule.attention:
+            rms = math.sqrt(sum(d * d for d in looks) / len(looks) + 1e-16)
+            ahead = [-math.exp(e) * d / rms for e, d in zip(etas, looks, strict=True)]
+            updates[-1] = [
+                u + new - old for u, new, old in zip(updates[-1], ahead, before, strict=True)
+            ]
+        columns.append([[*r, a] for r, a in zip(rows, ahead, strict=True)] if looks else rows)
         means = [sum(column) / len(inputs) for column in zip(*inputs, strict=True)]
         k = cell(w, "tensor_gru", means, k, mapped(w, "global_to_tensor", z))
         tensors.append([*k, sum(row[-1] for row in rows) / len(rows)])
@@ -127,12 +138,15 @@ def by_the_equations(
     return updates, columns, tensors, cell(w, "global_gru", means, z, [0.0] * 3 * len(z))
 
 
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("sizes", [(10, 20, 20, 4), (2, 3, 4, 1), (3, 1, 2, 5)], ids=str)
-def test_step_is_the_specification(sizes: tuple[int, ...]) -> None:
-    rule = make(*sizes)
+def test_step_is_the_specification(sizes: tuple[int, ...], attention: bool) -> None:
+    """With attention, updates move the point ahead, and the state says how far it is ahead."""
+    rule = make(*sizes, attention=attention)
     grads, state = problem(rule, [(3, 2), (), (4,)])
     state = state._replace(steps=[0, 0, 2])
-    state.planes[2][rule.param_size + rule.num_scales : -1] = 0.1  # averages of squares
+    first = rule.param_size + rule.num_scales
+    state.planes[2][first : first + rule.num_scales] = 0.1  # averages of squares
     for _ in range(3):
         updates, columns, tensors, z = by_the_equations(rule, grads, state)
         found, state = rule.reference_step(grads, state)
@@ -153,10 +167,15 @@ def test_step_is_the_specification(sizes: tuple[int, ...]) -> None:
 def test_published_sizes() -> None:
     rule = HierarchicalRule()
     assert (rule.num_meta_parameters, rule.state_planes) == (8349, 19)
+    rule = HierarchicalRule(attention=True)
+    assert (rule.num_meta_parameters, rule.state_planes) == (8363, 20)
+    assert torch.equal(rule.attention_direction, rule.direction)
+    assert torch.equal(rule.attention_shortcut, rule.shortcut)
 
 
-def test_derivatives() -> None:
-    rule = make(2, 3, 2, 2)
+@pytest.mark.parametrize("attention", [False, True])
+def test_derivatives(attention: bool) -> None:
+    rule = make(2, 3, 2, 2, attention=attention)
     grads, state = problem(rule, [(2,), (1, 2)])
     warm = rule.reference_step(grads, state)[1]
     inputs = [*grads, *warm.planes, *warm.tensors, warm.hidden, rule.flat_parameters()]

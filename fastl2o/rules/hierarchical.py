@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +13,9 @@ from . import _hierarchy as maths
 from . import _runs
 from ._base import Rule, Weights, check_integer
 from ._modules import Affine
+from ._problem import ProblemState, Sweep, draw_log_rates
 
-# Initial learning rates lie between these.
-LOWEST_RATE, HIGHEST_RATE = 1e-6, 1e-2
-
-
-class ProblemState(NamedTuple):
-    """State of all tensors that are optimized together.
-
-    Attributes:
-        planes: of each tensor, `(state_planes, *shape)`: the parameter GRU's h, then the gradient's
-            averages, their squares, and the log learning rate.
-        tensors: of each tensor, `(tensor_size + 1,)`: the tensor GRU's k, then the mean of the
-            tensor's log rates.
-        steps: of each tensor, the steps it has taken.
-        hidden: the global GRU's z, `(global_size,)`.
-    """
-
-    planes: list[Tensor]
-    tensors: list[Tensor]
-    steps: list[int]
-    hidden: Tensor
-
-
-class Sweep(NamedTuple):
-    """What the first half of a step leaves of a tensor, or of a part of one.
-
-    Attributes:
-        raw: the step exp(log rate + o) d before it is normalised, shaped like the gradient.
-        planes: the new planes.
-        sums: over the coordinates, `(num_sums,)`: the new h, the features, d^2, the new log rate.
-    """
-
-    raw: Tensor
-    planes: Tensor
-    sums: Tensor
+__all__ = ["HierarchicalRule", "ProblemState"]
 
 
 class HierarchicalRule(Rule):
@@ -59,12 +27,17 @@ class HierarchicalRule(Rule):
     -exp(log rate) d / rms(d), rms over its tensor, with its own log learning rate, which the rule
     adapts from a random start. 19 state numbers and 704 multiply-adds a parameter.
 
+    With attention, a second readout says how far ahead of the parameters the next gradient is
+    taken: parameters stay ahead between steps, by the state's last plane, and
+    `LearnedOptimizer.eval()` takes them back to where the model is to be used.
+
     Flat meta-parameters: initial states, readouts, then the three GRUs and the three maps of
     injected biases. The default has 8,349.
 
     Args:
         param_size, tensor_size, global_size: hidden sizes of the three levels, 1 to 64.
         num_scales: time scales of the gradient's moving averages, 1 to 8.
+        attention: take gradients at a point ahead. Steps run in plain torch: no kernels have it.
 
     Raises:
         ValueError, TypeError: an argument is outside what is listed here.
@@ -90,12 +63,16 @@ class HierarchicalRule(Rule):
         tensor_size: int = 20,
         global_size: int = 20,
         num_scales: int = 4,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         self.param_size = check_integer("param_size", param_size, 1, 64)
         self.tensor_size = check_integer("tensor_size", tensor_size, 1, 64)
         self.global_size = check_integer("global_size", global_size, 1, 64)
         self.num_scales = check_integer("num_scales", num_scales, 1, 8)
+        if not isinstance(attention, bool):
+            raise TypeError(f"Invalid attention: {attention!r}; pass True or False")
+        self.attention = attention
         self.param_start = nn.Parameter(torch.empty(param_size))
         self.tensor_start = nn.Parameter(torch.empty(tensor_size))
         self.global_start = nn.Parameter(torch.empty(global_size))
@@ -109,6 +86,9 @@ class HierarchicalRule(Rule):
         self.average_decay_bias = nn.Parameter(torch.empty(()))
         self.rate_momentum = nn.Parameter(torch.empty(()))
         self.log_rate_offset = nn.Parameter(torch.empty(()))
+        if attention:
+            self.attention_direction = nn.Parameter(torch.empty(param_size))
+            self.attention_shortcut = nn.Parameter(torch.empty(num_scales))
         inputs = 3 * num_scales
         self.param_gru = maths.GRUCell(inputs, param_size)
         self.tensor_gru = maths.GRUCell(param_size + inputs, tensor_size)
@@ -120,18 +100,18 @@ class HierarchicalRule(Rule):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("param_size", "tensor_size", "global_size", "num_scales")
+        names = ("param_size", "tensor_size", "global_size", "num_scales", "attention")
         return {name: getattr(self, name) for name in names}
 
     @property
     def state_planes(self) -> int:
-        """Number of state numbers per parameter, param_size + 2 * num_scales + 1."""
-        return self.param_size + 2 * self.num_scales + 1
+        """State numbers per parameter, param_size + 2 * num_scales + 1, one more with attention."""
+        return self.param_size + 2 * self.num_scales + 1 + self.attention
 
     @property
     def num_sums(self) -> int:
-        """Number of sums over a tensor that a step needs, param_size + 3 * num_scales + 2."""
-        return self.param_size + 3 * self.num_scales + 2
+        """Sums over a tensor, param_size + 3 * num_scales + 2, one more with attention."""
+        return self.param_size + 3 * self.num_scales + 2 + self.attention
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -151,6 +131,9 @@ class HierarchicalRule(Rule):
         for readout in (self.direction, self.square_decay, self.average_decay):
             readout.normal_(0.0, 0.5 / math.sqrt(self.param_size), generator=generator)
         self.shortcut.normal_(1 / self.num_scales, 0.05, generator=generator)
+        if self.attention:
+            self.attention_direction.copy_(self.direction)
+            self.attention_shortcut.copy_(self.shortcut)
         self.rate.zero_()
         self.rate_bias.zero_()
         self.square_decay_bias.fill_(3.2)
@@ -171,27 +154,19 @@ class HierarchicalRule(Rule):
     ) -> tuple[Tensor, Tensor]:
         """Planes `(state_planes, *param.shape)` and tensor state before a tensor's first step.
 
-        The log rates are drawn on the CPU: an offset for the tensor plus a number for each element,
-        both uniform between half the logarithms of 1e-6 and 1e-2.
-
         Args:
             param: the tensor, or the part of it that is here.
-            generator: of the CPU.
+            generator: of the CPU, for the log rates.
             dtype: of the planes.
             shape: of the whole tensor, if `param` is a part.
             part: takes the part out of a tensor of that shape.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        bounds = (0.5 * math.log(LOWEST_RATE), 0.5 * math.log(HIGHEST_RATE))
-        # In float32, whatever the state's dtype: other dtypes would draw other numbers.
-        offset = torch.empty((), dtype=torch.float32).uniform_(*bounds, generator=generator)
-        shape = param.shape if shape is None else shape
-        rates = torch.empty(shape, dtype=torch.float32).uniform_(*bounds, generator=generator)
-        rates += offset
+        rates, offset = draw_log_rates(param.shape if shape is None else shape, generator)
         planes = torch.zeros((self.state_planes, *param.shape), dtype=dtype, device=param.device)
         start = self.param_start.detach().to(planes)
         planes[: self.param_size] = start.view(-1, *(1,) * param.dim())
-        planes[-1] = rates if part is None else part(rates)
+        planes[self.param_size + 2 * self.num_scales] = rates if part is None else part(rates)
         mean = rates.to(dtype).to(wide).mean() if rates.numel() else offset.to(wide)
         tensor = torch.cat((self.tensor_start.detach().to(mean), mean.reshape(1)))
         return planes, tensor.to(param.device)
@@ -308,10 +283,16 @@ class HierarchicalRule(Rule):
                 grad, planes[i], tensors[i], steps[i] == 0, state.hidden, mean_log_rate, weights
             )
             planes[i] = swept.planes
-            tensors[i], rms = self.reference_finish(
-                swept.sums / grad.numel(), tensors[i], state.hidden, weights
-            )
-            updates[i] = -swept.raw / rms
+            means = swept.sums / grad.numel()
+            tensors[i], rms = self.reference_finish(means, tensors[i], state.hidden, weights)
+            update = -swept.raw / rms
+            if self.attention:
+                rms = torch.sqrt(means[-1] + maths.RMS_EPS)
+                # As it is stored, so that taking it back gives the parameters themselves.
+                ahead = (-swept.planes[-1].to(update.dtype) / rms).to(swept.planes.dtype)
+                update = update + ahead.to(update.dtype) - state.planes[i][-1].to(update.dtype)
+                planes[i] = torch.cat((swept.planes[:-1], ahead[None]))
+            updates[i] = update
             steps[i] += 1
         hidden = self.reference_global([tensors[i] for i in active], state.hidden, weights)
         return updates, ProblemState(planes, tensors, steps, hidden)
@@ -339,8 +320,8 @@ class HierarchicalRule(Rule):
         """
         h_size, scales = self.param_size, self.num_scales
         rows = planes.to(hidden.dtype).reshape(self.state_planes, -1)
-        h, averages, squares, log_rate = rows.split((h_size, scales, scales, 1))
-        log_rate = log_rate[0]
+        h, averages, squares = rows[: h_size + 2 * scales].split((h_size, scales, scales))
+        log_rate = rows[h_size + 2 * scales]
         k = tensor[:-1].to(hidden.dtype)
         betas: Tensor | float = 0.0
         beta_l: Tensor | float = 0.0
@@ -364,9 +345,13 @@ class HierarchicalRule(Rule):
         raw = torch.exp(eta + weights["log_rate_offset"]) * d
         momentum = torch.sigmoid(weights["rate_momentum"])
         log_rate = momentum * log_rate + (1 - momentum) * eta
-        new_planes = torch.cat((h, averages, squares, log_rate[None]))
-        sums = torch.cat((h, inputs, (d * d)[None], log_rate[None])).sum(dim=1)
-        new_planes = new_planes.to(planes.dtype).reshape(planes.shape)
+        kept, summed = [h, averages, squares, log_rate[None]], [h, inputs, d * d, log_rate]
+        if self.attention:
+            d = weights["attention_direction"] @ h + weights["attention_shortcut"] @ scaled
+            kept.append((torch.exp(eta) * d)[None])
+            summed.append(d * d)
+        new_planes = torch.cat(kept).to(planes.dtype).reshape(planes.shape)
+        sums = torch.cat([row.reshape(-1, row.shape[-1]) for row in summed]).sum(dim=1)
         return Sweep(raw.reshape(grad.shape), new_planes, sums)
 
     def reference_finish(
@@ -378,7 +363,8 @@ class HierarchicalRule(Rule):
             means: a sweep's sums over the tensor's coordinates, divided by their number.
             tensor, hidden, weights: as for `reference_sweep`.
         """
-        inputs, mean_square, log_rate = means.split((self.num_sums - 2, 1, 1))
+        width = self.param_size + 3 * self.num_scales
+        inputs, mean_square, log_rate = means[: width + 2].split((width, 1, 1))
         k = tensor[:-1].to(hidden.dtype)[:, None]
         injected = maths.affine(weights, "global_to_tensor", hidden)
         k = maths.gru(inputs[:, None], k, weights, "tensor_gru", injected)[:, 0]
