@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from ._optim_attention import lr_changed
 from ._optim_shards import local, nonfinite_flags
 from ._optim_state import describe_param
 
@@ -23,7 +24,7 @@ def unchecked(plan: Plan, groups: Groups) -> list[int]:
     tensors; other buckets would come too late, and states must not be created first. Nor can an op
     know of the gradients that other ranks hold parts of, whether to raise or to skip.
     """
-    if plan.missing:
+    if plan.missing or lr_changed(groups):
         indices = list(range(len(plan.active)))
     else:
         indices = [i for bucket in plan.buckets[1:] for i in bucket.where]

@@ -42,6 +42,8 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "stochastic_rounding": False,
     "seed": 0,
     "rounding_step": 0,
+    "ahead": 0.0,
+    "evaluating": False,
 }
 
 # What a parameter's state holds that torch's load_state_dict must not cast or share.

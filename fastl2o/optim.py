@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
+from ._optim_attention import evaluating, follow_lr, set_evaluating
 from ._optim_differentiable import differentiable_step
 from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
@@ -126,6 +127,8 @@ class LearnedOptimizer(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
             "rounding_step": 0,
+            "ahead": 0.0,
+            "evaluating": False,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -185,6 +188,8 @@ class LearnedOptimizer(Optimizer):
     def _step_lists(self) -> None:
         groups = self.param_groups
         self._check_assigned_options()
+        if evaluating(groups):
+            raise RuntimeError("step() while evaluating: call optimizer.train() before training on")
         plan, grads = gather(groups, self.state, self._plan)
         self._plan = plan
         if not grads:
@@ -200,6 +205,7 @@ class LearnedOptimizer(Optimizer):
         ):
             return
         skipped = refuse(plan, groups, grads, to_check)
+        follow_lr(groups, self.state)
         known = set(self.state) if first_step else set()
         try:
             if first_step:
@@ -217,6 +223,18 @@ class LearnedOptimizer(Optimizer):
         for group in groups:
             if group["stochastic_rounding"]:
                 group["rounding_step"] += 1
+
+    def eval(self) -> None:
+        """Take parameters to where the model is to be evaluated or saved.
+
+        Only rules with attention take gradients elsewhere; for others this does nothing. Call
+        :meth:`train` before the next step.
+        """
+        set_evaluating(self.param_groups, self.state, True)
+
+    def train(self) -> None:
+        """Take parameters back to where the rule wants the next gradient (up to rounding)."""
+        set_evaluating(self.param_groups, self.state, False)
 
     def _check_assigned_options(self) -> None:
         """Check options that were assigned to the groups since the last step."""

@@ -211,7 +211,19 @@ def test_dtypes(dtype: torch.dtype, backend: str) -> None:
 def test_window_gradient_is_that_of_autograd_in_float64(
     steps: int, last: bool, first: int, backend: str
 ) -> None:
-    rule, twin = make(4, 5, 6, 3, dtype=torch.float32), make(4, 5, 6, 3)
+    window_gradient_is_that_of_autograd(steps, last, first, backend)
+
+
+def test_window_gradient_with_attention_is_that_of_autograd_in_float64() -> None:
+    window_gradient_is_that_of_autograd(4, True, 3, "auto", attention=True)
+
+
+def window_gradient_is_that_of_autograd(
+    steps: int, last: bool, first: int, backend: str, attention: bool = False
+) -> None:
+    rule, twin = (
+        make(4, 5, 6, 3, dtype=dtype, attention=attention) for dtype in (torch.float32, F64)
+    )
     sizes, runs = (5, 0, 33, 1), 2
     generator = torch.Generator().manual_seed(steps)
     params = torch.randn(runs, sum(sizes), generator=generator)

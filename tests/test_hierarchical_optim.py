@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule
+from fastl2o._rounding import step_seed
+from fastl2o.rules.hierarchical import ProblemState
 from tests.common import present_backends
 from tests.optimizers import assert_same_bits, clone_params, make_params, on_backend, set_grads
 
@@ -244,3 +246,62 @@ def test_another_family_refuses_the_checkpoint() -> None:
     steps(optimizer, 1)
     with pytest.raises(ValueError, match="family hierarchical, this rule's is lstm"):
         LearnedOptimizer(params, LSTMRule(4)).load_state_dict(optimizer.state_dict())
+
+
+def test_attention_takes_gradients_ahead_of_the_parameters() -> None:
+    """Against the parameters and the points ahead kept apart, with an lr that changes."""
+    rule = HierarchicalRule(4, 5, 6, 3, attention=True)
+    rule.reset_parameters(torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        rule.rate_bias.fill_(4.0)  # long steps
+    params = parameters((3, 4), (5,))
+    values, points = ([p.detach().double() for p in params] for _ in range(2))
+    optimizer = LearnedOptimizer(params, rule, seed=3)
+    twin = copy.deepcopy(rule).double()
+    generators = [torch.Generator().manual_seed(step_seed(3, 0, i)) for i in (0, 1)]
+    pairs = [rule.init_tensor(p, g) for p, g in zip(params, generators, strict=True)]
+    state = ProblemState(
+        [planes.double() for planes, _ in pairs],
+        [tensor.double() for _, tensor in pairs],
+        [0, 0],
+        twin.init_global(torch.device("cpu"), torch.float64),
+    )
+    with on_backend("auto"):
+        for lr in (1.0, 1.0, 0.5, 0.25):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for p in params:
+                p.grad = torch.sin(p.detach())  # depends on where it is taken
+            optimizer.step()
+            before = [planes[-1] for planes in state.planes]
+            updates, state = twin.reference_step([torch.sin(p) for p in points], state)
+            for i, (update, planes) in enumerate(zip(updates, state.planes, strict=True)):
+                assert update is not None
+                values[i] = values[i] + lr * (update - planes[-1] + before[i])
+                points[i] = values[i] + lr * planes[-1]
+            for found, expected in zip(params, points, strict=True):
+                torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(values, points, strict=True))
+    optimizer.eval()
+    optimizer.eval()
+    for found, expected in zip(params, values, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
+        optimizer.step()
+    resumed = LearnedOptimizer(params, rule)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.train()
+    for found, expected in zip(params, points, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_has_no_kernels(backend: str) -> None:
+    params = parameters((3, 4))
+    optimizer = LearnedOptimizer(params, HierarchicalRule(attention=True))
+    set_grads(params, 0)
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=r"'cpu' was forced.*attention=True"):
+            optimizer.step()
+        assert not optimizer.state
+    else:
+        optimizer.step()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastl2o
-from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule, RNNPropRule, Rule, optim
+from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule, RNNPropRule, Rule, drop_ins, optim
 from tests.common import present_backends
 from tests.optimizers import (
     DTYPES,
@@ -60,7 +60,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def test_doctests_of_the_public_classes() -> None:
-    assert doctest.testmod(optim, raise_on_error=True).attempted > 8
+    assert doctest.testmod(optim, raise_on_error=True).attempted == 8
+    assert doctest.testmod(drop_ins, raise_on_error=True).attempted == 12
 
 
 @by_case
