@@ -11,9 +11,14 @@ from torch import Tensor
 import fastl2o
 from fastl2o import meta
 from fastl2o.meta.tasks import (
+    GradientNoise,
     MLPClassification,
     Quadratic,
+    RandomMLP,
     RandomScaling,
+    SoftmaxRegression,
+    SparseGradients,
+    SumOf,
     Task,
     TaskRun,
     VmapRun,
@@ -181,6 +186,53 @@ def test_second_order_is_the_derivative_of_the_loss(case: RuleCase, objective: s
         values.append(meta.TruncatedBPTT(4, objective).window(rule, begin(rule)).loss)
     measured = (values[0] - values[1]) / (2 * step)
     torch.testing.assert_close(gradient @ direction, measured, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        MLPClassification("digits", hidden=(3,), batch_size=4),
+        SumOf([GradientNoise(RandomMLP(4, (3,), 5), 0.5), SparseGradients(Quadratic(dim=3))]),
+        WithConvex(RandomScaling(SoftmaxRegression(3, 1.0, 4), 1.0), num=3),
+    ],
+    ids=["digits", "sum", "convex"],
+)
+def test_full_data_loss_of_runs_on_minibatches(task: Task) -> None:
+    """Minibatches move the parameters; the meta-loss and its gradient are of all data."""
+    rule = CASES[0].make(F64)
+    run = task.sample(2, seeded(1), F64)
+    meta_parameters = rule.flat_parameters().detach().requires_grad_()
+    params, state = run.params.clone(), rule.init_state(run.params, F64)
+    first = last = run.losses(params, run.full_batch())
+    assert not torch.equal(first, run.losses(params, run.next_batch()))
+    run = task.sample(2, seeded(1), F64)
+    logs = []
+    for _ in range(6):
+        grads = run.loss_and_grad(params.detach(), run.next_batch())[1]
+        update, state = rule.reference_step(grads, state, 0, meta_parameters)
+        params = params + update
+        last = run.losses(params, run.full_batch())
+        logs.append(torch.log((last + 1e-8) / (first + 1e-8)))
+    expected_loss = torch.stack(logs).mean()
+    (expected,) = torch.autograd.grad(expected_loss, meta_parameters)
+    estimator = meta.TruncatedBPTT(3, "log", full_data=True)
+    assert estimator.path == "autograd"
+    progress = begin(rule, task, runs=2)
+    result = estimator.window(rule, progress, 6)
+    assert_near(result.gradient, expected, 1e-10)
+    assert_near(result.loss, expected_loss.detach(), 1e-12)
+    assert_near(result.losses[-1], last.detach(), 1e-12)
+    assert_near(progress.first_losses, first, 1e-12)
+
+
+@pytest.mark.parametrize("change", [GradientNoise, SparseGradients])
+def test_rules_see_the_gradients_that_a_task_changes_on_every_path(change: Any) -> None:
+    rule, task = CASES[0].make(F64), change(Quadratic(dim=4), 0.5)
+    losses = [
+        meta.TruncatedBPTT(5, path=path).window(rule, begin(rule, task)).losses
+        for path in ("fused", "autograd")
+    ]
+    assert_near(losses[1], losses[0], 1e-12)
 
 
 def test_unroll_gradient_names_the_parameters_and_leaves_the_rule_alone() -> None:

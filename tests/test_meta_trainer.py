@@ -227,6 +227,31 @@ def test_log_uniform_horizons() -> None:
     assert draw_horizon(as_horizon((7, 7)), 0, generator) == 7
 
 
+def test_exponential_lengths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = as_horizon({"mean": 40, "minimum": 10, "maximum": 200})
+    assert lengths == meta.Exponential(40, 10, 200)
+    draws = torch.tensor([draw_horizon(lengths, 0, generator) for _ in range(4000)]).double()
+    assert draws.min() == 10
+    assert draws.max() == 200
+    # Half of the exponential part lies below mean * ln 2, and cutting at the maximum costs little.
+    assert float(draws.median()) == pytest.approx(10 + 40 * math.log(2), abs=2.0)
+    assert float(draws.mean()) == pytest.approx(10 + 40 * (1 - math.exp(-190 / 40)), abs=2.0)
+
+
+def test_unrolls_are_drawn_for_each_batch_of_runs(tmp_path: Path) -> None:
+    trainer = small_trainer(horizon=12, unroll=(2, 6), checkpoint_dir=tmp_path)
+    trainer.fit(40)
+    with open(tmp_path / "log.csv", newline="") as file:
+        ends = [int(row["inner_step"]) for row in csv.DictReader(file)]
+    unrolls = set()
+    while 12 in ends:
+        run, ends = ends[: ends.index(12) + 1], ends[ends.index(12) + 1 :]
+        assert run == [*range(run[0], 12, run[0]), 12]
+        unrolls.add(run[0])
+    assert unrolls == {2, 3, 4, 5, 6}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -239,6 +264,9 @@ def test_log_uniform_horizons() -> None:
         ({"horizon": (1, 2, 3)}, "horizon must be an int or a"),
         ({"horizon": [(1, 100)]}, "rise from 0"),
         ({"horizon": "long"}, "horizon must be"),
+        ({"horizon": {"mean": 3}}, "must hold mean, minimum and maximum"),
+        ({"horizon": {"mean": 3, "minimum": 9, "maximum": 8}}, "maximum must be"),
+        ({"unroll": 0}, "unroll must be"),
         ({"clip_grad": 0}, "clip_grad must be"),
         ({"divergence": -1.0}, "divergence must be"),
         ({"seed": -1}, "seed must be"),

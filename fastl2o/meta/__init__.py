@@ -5,7 +5,7 @@ from .checkpoint import CheckpointError
 from .estimators import MetaGradient, TruncatedBPTT, unroll_gradient
 from .imitation import Imitation
 from .optimizers import MuonAdam
-from .schedules import Curriculum, LRSchedule
+from .schedules import Curriculum, Exponential, LRSchedule
 from .trainer import FitResult, MetaTrainer
 from .unroll import Progress, Window, run_window, start
 from .validation import Validation, run_losses
@@ -13,6 +13,7 @@ from .validation import Validation, run_losses
 __all__ = [
     "CheckpointError",
     "Curriculum",
+    "Exponential",
     "FitResult",
     "Imitation",
     "LRSchedule",

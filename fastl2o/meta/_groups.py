@@ -29,12 +29,14 @@ class Group:
     Attributes:
         task: index into the trainer's tasks.
         horizon: inner steps after which new runs are drawn.
+        unroll: inner steps of a window.
         progress: where the runs stand.
         moments: Adam's moments ``(2, R, D)`` where the runs imitate Adam, else None.
     """
 
     task: int
     horizon: int
+    unroll: int
     progress: Progress
     moments: Tensor | None = None
 
@@ -47,7 +49,7 @@ class Group:
         self, rule: Rule, estimator: TruncatedBPTT, imitation: Imitation | None
     ) -> MetaGradient:
         """One window and its meta-gradient; the last window of a run may be shorter."""
-        steps = min(estimator.unroll, self.horizon - self.progress.step)
+        steps = min(self.unroll, self.horizon - self.progress.step)
         if self.moments is not None and imitation is not None:
             return imitation.window(rule, self.progress, self.moments, steps)
         return estimator.window(rule, self.progress, steps)
@@ -69,6 +71,7 @@ class Group:
         return {
             "task": self.task,
             "horizon": self.horizon,
+            "unroll": self.unroll,
             "progress": self.progress.state_dict(),
             "moments": self.moments,
         }
@@ -82,6 +85,7 @@ class GroupStarter:
     weights: Tensor
     runs: int
     horizon: Horizon
+    unroll: Horizon
     imitation: Imitation | None
     dtype: torch.dtype
 
@@ -91,6 +95,7 @@ class GroupStarter:
         if len(self.tasks) > 1:
             task = int(torch.multinomial(self.weights, 1, generator=generator))
         horizon = draw_horizon(self.horizon, outer_step, generator)
+        unroll = draw_horizon(self.unroll, outer_step, generator)
         run = self.tasks[task].sample(self.runs, generator, self.dtype)
         progress = start(rule, run)
         moments = None
@@ -99,7 +104,7 @@ class GroupStarter:
             and float(torch.rand((), generator=generator)) < self.imitation.probability
         ):
             moments = self.imitation.moments(progress)
-        return Group(task, horizon, progress, moments)
+        return Group(task, horizon, unroll, progress, moments)
 
     def restore(self, saved: dict[str, Any]) -> Group:
         """A batch of runs as it was saved by ``Group.state_dict``."""
@@ -110,7 +115,7 @@ class GroupStarter:
         )
         moments = None if saved["moments"] is None else saved["moments"].clone()
         progress = Progress.from_state_dict(run, saved["progress"])
-        return Group(saved["task"], saved["horizon"], progress, moments)
+        return Group(saved["task"], saved["horizon"], saved["unroll"], progress, moments)
 
 
 def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:

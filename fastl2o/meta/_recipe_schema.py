@@ -81,9 +81,11 @@ _ESTIMATOR_KEYS: Keys = {
     "objective": (str,),
     "final_term": (bool,),
     "second_order": (bool,),
+    "full_data": (bool,),
 }
 _TRAINER_KEYS: Keys = {
-    "horizon": (int, list),
+    "horizon": (int, list, dict),
+    "unroll": (int, list, dict),
     "runs": (int,),
     "groups": (int,),
     "clip_grad": (int, float),

@@ -42,7 +42,8 @@ class TruncatedBPTT:
       late, small losses as much as early, large ones and does not depend on the loss's scale.
 
     Gradients that enter the rule are constants (the usual first-order choice), unless
-    ``second_order``.
+    ``second_order``. The fused path takes them for the gradients of f too; where a task adds noise
+    to them or leaves gaps, so has its meta-gradient.
 
     Args:
         unroll: T, the inner steps of a window.
@@ -55,6 +56,9 @@ class TruncatedBPTT:
             baseline.
         second_order: differentiate through the optimizee's gradients too; always takes the autograd
             path.
+        full_data: whether f is the loss on all of a task's data, as the hierarchical rule's authors
+            have it; the rule still sees gradients of minibatches. Then f's gradients are no longer
+            those that the rule saw anyway: this always takes the autograd path.
 
     Example:
         >>> import fastl2o
@@ -73,6 +77,7 @@ class TruncatedBPTT:
         final_term: bool = True,
         path: str = "fused",
         second_order: bool = False,
+        full_data: bool = False,
     ) -> None:
         check_number("unroll", unroll, minimum=1, integer=True)
         check_choice("objective", objective, _OBJECTIVES)
@@ -80,12 +85,12 @@ class TruncatedBPTT:
         if not final_term and unroll == 1:
             raise ValueError("unroll=1 with final_term=False leaves no loss; use final_term=True")
         self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
-        self.path = "autograd" if second_order else path
-        self.second_order = bool(second_order)
+        self.path = "autograd" if second_order or full_data else path
+        self.second_order, self.full_data = bool(second_order), bool(full_data)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        names = ("unroll", "objective", "final_term", "path", "second_order")
+        names = ("unroll", "objective", "final_term", "path", "second_order", "full_data")
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
@@ -150,21 +155,30 @@ class TruncatedBPTT:
         self, rule: Rule, progress: Progress, steps: int, lr: float, weight_decay: float
     ) -> MetaGradient:
         meta = rule.flat_parameters().detach().requires_grad_()
+        run, everything = progress.run, progress.run.full_batch()
+        if self.full_data and progress.step == 0:
+            progress.first_losses = run.losses(progress.params, everything)
+            progress.losses = progress.first_losses.clone()
         params, state, grads = progress.params.clone(), progress.state, progress.grads
-        losses, sizes = [progress.losses], progress.run.tensor_sizes
+        losses, sizes = [progress.losses], run.tensor_sizes
         of_start = rule.learned_start and progress.step == 0
         first_state = state = state.clone().requires_grad_(of_start)
         for t in range(steps):
             update, state = rule.reference_runs_step(grads, state, progress.step + t, sizes, meta)
             params = (1.0 - lr * weight_decay) * params + lr * update
-            loss = progress.run.losses(params, progress.run.next_batch())
+            batch = run.next_batch()
+            if self.second_order:
+                loss = run.losses(params, batch)
+                (grads,) = torch.autograd.grad(
+                    loss.sum(), params, retain_graph=True, create_graph=t + 1 < steps
+                )
+            else:
+                # Not by autograd, which knows nothing of noise that a task adds to gradients.
+                grads = run.loss_and_grad(params.detach(), batch)[1]
+                loss = params.new_empty(0)
+            if self.full_data or not self.second_order:
+                loss = run.losses(params, everything if self.full_data else batch)
             losses.append(loss)
-            (grads,) = torch.autograd.grad(
-                loss.sum(),
-                params,
-                retain_graph=True,
-                create_graph=self.second_order and t + 1 < steps,
-            )
         all_losses = torch.stack(losses)
         meta_loss = self.meta_loss(all_losses, progress.first_losses)
         wanted = (meta, first_state) if of_start else (meta,)

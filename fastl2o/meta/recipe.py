@@ -183,7 +183,8 @@ def build_trainer(
     with naming(source, "imitation"):
         imitation = None if recipe.imitation is None else Imitation(**recipe.imitation)
     with naming(source, "trainer"):
-        as_horizon(recipe.trainer.get("horizon", 100))
+        for name in ("horizon", "unroll"):
+            as_horizon(recipe.trainer.get(name, 100), name)
         return MetaTrainer(
             rule,
             tasks,

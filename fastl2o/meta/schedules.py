@@ -6,7 +6,7 @@ They are pure functions of the outer step, so that a resumed training needs only
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,36 @@ import torch
 
 from ._checks import check_choice, check_number
 
-__all__ = ["Curriculum", "Horizon", "LRSchedule", "draw_horizon"]
+__all__ = ["Curriculum", "Exponential", "Horizon", "LRSchedule", "draw_horizon"]
 
-Range = int | tuple[int, int]
+
+@dataclass(frozen=True)
+class Exponential:
+    """A number of steps, ``minimum`` + round(Exp(mean)), at most ``maximum``.
+
+    How the hierarchical rule's authors draw the lengths of runs and of unrolls
+    (arXiv 1703.04813, released code).
+
+    Args:
+        mean: of the exponential part, before it is cut at ``maximum``.
+        minimum, maximum: bounds.
+
+    Example:
+        >>> draw_horizon(Exponential(20, 10, 100), 0, torch.Generator().manual_seed(0))
+        24
+    """
+
+    mean: float
+    minimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        check_number("mean", self.mean, minimum=0, exclusive=True)
+        check_number("minimum", self.minimum, minimum=1, integer=True)
+        check_number("maximum", self.maximum, minimum=self.minimum, integer=True)
+
+
+Range = int | tuple[int, int] | Exponential
 
 
 @dataclass(frozen=True)
@@ -25,8 +52,8 @@ class Curriculum:
 
     ``stages`` are (first outer step, horizon) pairs, the first of them at outer step 0.
 
-    A horizon is an int, or a (low, high) pair that is drawn log-uniformly. A batch of runs keeps
-    the horizon of the stage in which it starts.
+    A horizon is an int, a (low, high) pair that is drawn log-uniformly, or an ``Exponential``. A
+    batch of runs keeps the horizon of the stage in which it starts.
 
     Example:
         >>> Curriculum(((0, 100), (2000, 500), (4000, (100, 2000)))).horizon(2500)
@@ -53,10 +80,21 @@ class Curriculum:
 Horizon = Range | Curriculum
 
 
-def as_horizon(horizon: Any) -> Horizon:
-    """Check a horizon: an int, a (low, high) pair, a ``Curriculum`` or a list of its stages."""
+def as_horizon(horizon: Any, name: str = "horizon") -> Horizon:
+    """Check a horizon, or a length of unrolls by that name.
+
+    An int, a (low, high) pair, an ``Exponential`` or the dictionary of its arguments, a
+    ``Curriculum`` or a list of its stages.
+    """
     if isinstance(horizon, Curriculum):
         return horizon
+    if isinstance(horizon, Mapping):
+        try:
+            return Exponential(**horizon)
+        except TypeError:
+            raise ValueError(
+                f"{name} as a table must hold mean, minimum and maximum, got {dict(horizon)!r}"
+            ) from None
     if isinstance(horizon, Sequence) and not isinstance(horizon, str):
         if horizon and all(isinstance(stage, Sequence) and len(stage) == 2 for stage in horizon):
             stages = tuple(
@@ -64,21 +102,21 @@ def as_horizon(horizon: Any) -> Horizon:
             )
             return Curriculum(stages)
         horizon = tuple(horizon)
-    _check_range(horizon)
+    _check_range(horizon, name)
     checked: Range = horizon
     return checked
 
 
-def _check_range(horizon: Any) -> None:
+def _check_range(horizon: Any, name: str = "horizon") -> None:
     if isinstance(horizon, tuple):
         if len(horizon) != 2:
-            raise ValueError(f"horizon must be an int or a (low, high) pair, got {horizon!r}")
+            raise ValueError(f"{name} must be an int or a (low, high) pair, got {horizon!r}")
         for bound in horizon:
-            check_number("horizon", bound, minimum=1, integer=True)
+            check_number(name, bound, minimum=1, integer=True)
         if horizon[0] > horizon[1]:
-            raise ValueError(f"horizon (low, high) must have low <= high, got {horizon!r}")
-    else:
-        check_number("horizon", horizon, minimum=1, integer=True)
+            raise ValueError(f"{name} (low, high) must have low <= high, got {horizon!r}")
+    elif not isinstance(horizon, Exponential):
+        check_number(name, horizon, minimum=1, integer=True)
 
 
 def draw_horizon(horizon: Horizon, outer_step: int, generator: torch.Generator) -> int:
@@ -86,17 +124,21 @@ def draw_horizon(horizon: Horizon, outer_step: int, generator: torch.Generator) 
     range_ = horizon.horizon(outer_step) if isinstance(horizon, Curriculum) else horizon
     if isinstance(range_, int):
         return range_
-    low, high = range_
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    if isinstance(range_, Exponential):
+        drawn = range_.minimum + round(-range_.mean * math.log1p(-uniform))
+        return min(range_.maximum, drawn)
+    low, high = range_
     return min(high, int(low * ((high + 1) / low) ** uniform))
 
 
 def longest(horizon: Horizon) -> int:
     """The longest run that a horizon can give."""
-    stages: tuple[Range, ...] = (
-        tuple(h for _, h in horizon.stages) if isinstance(horizon, Curriculum) else (horizon,)
-    )
-    return max(h if isinstance(h, int) else h[1] for h in stages)
+    if isinstance(horizon, Curriculum):
+        return max(longest(stage) for _, stage in horizon.stages)
+    if isinstance(horizon, Exponential):
+        return horizon.maximum
+    return horizon if isinstance(horizon, int) else horizon[1]
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ class MetaTrainer:
         tasks: what to train on; every new batch of runs is of one of them.
         estimator: how a window becomes a meta-gradient; ``TruncatedBPTT()`` by default.
         horizon: inner steps of a run: an int, a (low, high) pair drawn log-uniformly for each batch
-            of runs, a ``Curriculum`` or the list of its (first outer step, horizon) stages.
+            of runs, an ``Exponential``, a ``Curriculum`` or the list of its stages.
         optimizer: a ``torch.optim`` optimizer over ``rule.parameters()``; Adam at 1e-3 by default.
         seed: of tasks, runs and minibatches. Initialise the rule with a generator of your own.
+        unroll: inner steps of a window, given or drawn for each batch of runs as ``horizon`` is;
+            the estimator's by default.
         runs: R, the runs of a batch; they share every kernel call.
         groups: batches of runs in flight, one window each in turn; more of them make successive
             updates less alike.
@@ -80,10 +82,8 @@ class MetaTrainer:
         task_weights: relative frequency of each task.
         validation: when and how to score the rule; None for never (there is then no best-so-far
             selection).
-        imitation: mix in imitation of Adam; it has its own copy of the optimizer, as in the paper's
-            code.
-        divergence: a run whose loss exceeds this factor times its first loss counts as non-finite;
-            None to allow it.
+        imitation: mix in imitation of Adam, with its own copy of the optimizer, as published.
+        divergence: a loss beyond this factor times the first counts as non-finite; None: allowed.
         checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
         checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
         progress: show a progress bar; None shows it on a terminal.
@@ -107,6 +107,7 @@ class MetaTrainer:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
         *,
+        unroll: Any = None,
         runs: int = 8,
         groups: int = 1,
         clip_grad: float | None = None,
@@ -133,6 +134,7 @@ class MetaTrainer:
         check_number("seed", seed, minimum=0, integer=True)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.horizon: Horizon = as_horizon(horizon)
+        self.unroll = as_horizon(self.estimator.unroll if unroll is None else unroll, "unroll")
         if optimizer is None:
             optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
         check_optimizer(optimizer, rule)
@@ -157,7 +159,7 @@ class MetaTrainer:
         self._dtype = next(rule.parameters()).dtype
         weights = check_weights(task_weights, len(self.tasks))
         self._starter = GroupStarter(
-            self.tasks, weights, runs, self.horizon, imitation, self._dtype
+            self.tasks, weights, runs, self.horizon, self.unroll, imitation, self._dtype
         )
         self._generator = torch.Generator().manual_seed(seed)
         self._groups: list[Group | None] = [None] * groups
@@ -325,6 +327,7 @@ class MetaTrainer:
             "task_weights": self._starter.weights.tolist(),
             "estimator": repr(self.estimator),
             "horizon": repr(self.horizon),
+            "unroll": repr(self.unroll),
             "optimizer": [type(self.optimizer).__name__, self._settings],
             "seed": self.seed,
             "runs": self._starter.runs,

@@ -68,6 +68,10 @@ class TaskRun(ABC):
         """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()
 
+    def full_batch(self) -> Batch:
+        """The batch of all data, in place of a drawn one; for ``losses`` only."""
+        return ()
+
     @abstractmethod
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         """Losses ``(R,)`` at ``params (R, D)``, differentiable."""

@@ -57,6 +57,9 @@ class _MLPRun(VmapRun):
         shape = (self.num_runs, self.task.batch_size)
         return (torch.randint(len(self.labels), shape, generator=self.generator),)
 
+    def full_batch(self) -> Batch:
+        return (torch.arange(len(self.labels)).expand(self.num_runs, -1),)
+
     def gather(self, batch: Batch) -> Batch:
         (indices,) = batch
         shape = (*indices.shape, self.images.shape[1])

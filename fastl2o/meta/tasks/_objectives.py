@@ -36,6 +36,9 @@ class _ChangedGradientRun(_ChangedRun):
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params, batch[1:])
 
+    def full_batch(self) -> Batch:
+        return (torch.empty(0), *self.inner.full_batch())
+
 
 class _NoisyRun(_ChangedGradientRun):
     def next_batch(self) -> Batch:
@@ -187,6 +190,9 @@ class _SumRun(TaskRun):
 
     def next_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.next_batch())
+
+    def full_batch(self) -> Batch:
+        return tuple(tensor for part in self.parts for tensor in part.full_batch())
 
     def _split(self, params: Tensor, batch: Batch) -> list[tuple[TaskRun, Tensor, Batch]]:
         pieces = params.split([part.dim for part in self.parts], dim=1)

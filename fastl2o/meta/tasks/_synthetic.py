@@ -42,6 +42,9 @@ class _MinibatchRun(BatchedRun):
         shape = (self.num_runs, self.batch_size)
         return (torch.randint(points, shape, generator=self.generator),)
 
+    def full_batch(self) -> Batch:
+        return (torch.arange(self.tensors["inputs"].shape[1]).expand(self.num_runs, -1),)
+
     def gather(self, batch: Batch) -> Batch:
         (indices,) = batch
         inputs, labels = self.tensors["inputs"], self.tensors["labels"]

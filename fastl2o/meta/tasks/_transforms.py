@@ -29,6 +29,9 @@ class WrappedRun(TaskRun):
     def next_batch(self) -> Batch:
         return self.inner.next_batch()
 
+    def full_batch(self) -> Batch:
+        return self.inner.full_batch()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self.inner.state_dict()}
 
