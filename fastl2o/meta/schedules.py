@@ -30,7 +30,7 @@ class Exponential:
 
     Example:
         >>> draw_horizon(Exponential(20, 10, 100), 0, torch.Generator().manual_seed(0))
-        24
+        80
     """
 
     mean: float
