@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -56,8 +57,12 @@ def diverged(losses: Tensor) -> int:
 class Ensemble:
     """The held-out problems, and optimizers on them."""
 
-    def __init__(self, horizon: int, runs: int, progress: bool) -> None:
-        self.families: dict[str, list[Task]] = dict(meta.tasks.ensemble(held_out=True))
+    def __init__(self, horizon: int, runs: int, progress: bool, families: list[str]) -> None:
+        all_of: dict[str, list[Task]] = dict(meta.tasks.ensemble(held_out=True))
+        unknown = [name for name in families if name not in all_of]
+        if unknown:
+            raise SystemExit(f"no family is named {unknown[0]!r}; there are {', '.join(all_of)}")
+        self.families = {name: all_of[name] for name in families or all_of}
         self.horizon, self.runs, self.progress = horizon, runs, progress
 
     def losses(self, family: str, make: MakeOptimizer, seed: int, times: int = 1) -> list[Tensor]:
@@ -99,6 +104,8 @@ class Ensemble:
             row["diverged"] = sum(map(diverged, ours))
             row["diverged at 10x"] = sum(map(diverged, self.losses(family, learned, SEED, 10)))
             rows.append(row)
+            if self.progress:
+                tqdm.write(", ".join(f"{key} {value}" for key, value in row.items()), sys.stderr)
         return rows
 
 
@@ -207,19 +214,20 @@ def main() -> None:
     parser.add_argument("rule", nargs="?", default="hierarchical-small", help="name or path")
     parser.add_argument("--horizon", type=int, default=200, help="T")
     parser.add_argument("--runs", type=int, default=4, help="of each problem")
+    parser.add_argument("--families", nargs="*", default=[], help="only these, and do not write")
     parser.add_argument("--no-write", action="store_true", help="only print")
     arguments = parser.parse_args()
     rule = fastl2o.load(arguments.rule)
     if not isinstance(rule, HierarchicalRule):
         parser.error(f"{arguments.rule} is of family {rule.family!r}, not 'hierarchical'")
     set_threads(1)
-    rows = Ensemble(arguments.horizon, arguments.runs, True).compare(rule)
+    rows = Ensemble(arguments.horizon, arguments.runs, True, arguments.families).compare(rule)
     found = networks(rule, True)
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     title = f"# The quality of {arguments.rule}"
     text = f"{title}\n\n{described}\n\n{render(rows, found, arguments.horizon)}"
     print(text)
-    if not arguments.no_write:
+    if not (arguments.no_write or arguments.families):
         (REPORTS / "hierarchical_quality.md").write_text(text)
         data = {"horizon": arguments.horizon, "ensemble": rows, "networks": found}
         (REPORTS / "hierarchical_quality.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -16,12 +16,13 @@ from ._files import load  # noqa: E402
 from ._info import info  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .backends import backend  # noqa: E402
-from .drop_ins import LSTM, RNNProp  # noqa: E402
+from .drop_ins import LSTM, Hierarchical, RNNProp  # noqa: E402
 from .optim import LearnedOptimizer  # noqa: E402
 from .rules import HierarchicalRule, LSTMRule, RNNPropRule, Rule  # noqa: E402
 
 __all__ = [
     "LSTM",
+    "Hierarchical",
     "HierarchicalRule",
     "LSTMRule",
     "LearnedOptimizer",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _ops_hierarchical_gpu as gpu
 from . import backends
 from ._ops_families import Named, define
 from ._ops_reference import NONFINITE, check_lists, nonfinite_message
@@ -72,7 +73,8 @@ def step_(
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
-    chosen = backends.choose(params[0].device, unsupported, refuses=_no_gpu)
+    refuses = gpu.objections(gpu.step_refusal, rule)
+    chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
     wide = torch.promote_types(dtype, torch.float32)
     arguments = (
         *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
@@ -81,8 +83,12 @@ def step_(
         *(grad_scale, found_inf),
     )
     with torch.no_grad():
+        named = dict(zip(_STEP_NAMES, arguments, strict=True))
         if chosen == "reference":
-            _default_step_({**dict(zip(_STEP_NAMES, arguments, strict=True)), "rule": rule})
+            _default_step_({**named, "rule": rule})
+        elif chosen == "triton" and params[0].device.type == "cpu":  # its interpreter
+            _check_step(rule, named)
+            gpu.step_(chosen, rule, named)
         else:
             _STEP(*arguments)
     # The kernel writes through raw pointers: autograd must learn that these tensors have changed.
@@ -147,7 +153,8 @@ def unroll_backward(
     if {grads.dtype, state.dtype, meta.dtype} != {torch.float32}:
         unsupported = "its functional ops take float32 tensors: convert them"
     unsupported = _no_kernels(rule, unsupported)
-    chosen = backends.choose(grads.device, unsupported, refuses=_no_gpu)
+    refuses = gpu.objections(gpu.unroll_refusal, rule)
+    chosen = backends.choose(grads.device, unsupported, refuses=refuses)
     arguments = (
         *(grads.contiguous(), state.contiguous(), int(step), meta),
         *(loss_weights.to(meta.dtype).contiguous(), int(steps), list(sizes)),
@@ -159,12 +166,6 @@ def unroll_backward(
             return _default_unroll({**named, "rule": rule})
         d_meta, d_state = _UNROLL(*arguments)
     return d_meta, d_state
-
-
-def _no_gpu(backend: str) -> str:
-    if backend in ("triton", "cuda"):
-        return "there are no GPU kernels for rules of family 'hierarchical'"
-    return ""
 
 
 def _numbers(rule: HierarchicalRule) -> tuple[int, ...]:
@@ -300,8 +301,10 @@ def _fake_unroll(named: Named) -> tuple[Tensor, Tensor]:
     return torch.empty_like(named["meta"]), torch.empty_like(named["state"])
 
 
-def _define(name: str, schema: str, default: Any, fake: Any) -> tuple[Any, tuple[str, ...]]:
-    op = define(name, schema, default, fake, default)
+def _define(
+    name: str, schema: str, default: Any, fake: Any, on_gpu: Any
+) -> tuple[Any, tuple[str, ...]]:
+    op = define(name, schema, default, fake, on_gpu)
     return op, tuple(argument.name for argument in op._schema.arguments)
 
 
@@ -313,6 +316,7 @@ _STEP, _STEP_NAMES = _define(
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     _default_step_,
     lambda named: None,
+    gpu.dispatched(gpu.step_, gpu.step_refusal, _rule, _check_step, _default_step_),
 )
 _UNROLL, _UNROLL_NAMES = _define(
     "hierarchical_unroll_backward",
@@ -320,4 +324,5 @@ _UNROLL, _UNROLL_NAMES = _define(
     f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay) -> (Tensor, Tensor)",
     _default_unroll,
     _fake_unroll,
+    _default_unroll,
 )

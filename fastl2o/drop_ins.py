@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ._optim_state import resolve_rule
 from .optim import LearnedOptimizer, RuleLike
 
-__all__ = ["LSTM", "RNNProp"]
+__all__ = ["LSTM", "Hierarchical", "RNNProp"]
 
 
 class _NamedOptimizer(LearnedOptimizer):
@@ -77,3 +77,24 @@ class RNNProp(_NamedOptimizer):
 
     family = "rnnprop"
     shipped = "rnnprop-mnist"
+
+
+class Hierarchical(_NamedOptimizer):
+    """The hierarchical optimizer (arXiv 1703.04813) with shipped meta-parameters.
+
+    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    ``"hierarchical-small"``, and is keyword-only: another rule of the family "hierarchical", its
+    name or path. ``seed`` decides the parameters' initial learning rates.
+
+    Example:
+        >>> import torch, fastl2o
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = fastl2o.Hierarchical(model.parameters(), rule=fastl2o.HierarchicalRule())
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.bias]["planes"].shape
+        torch.Size([19, 1])
+    """
+
+    family = "hierarchical"
+    shipped = "hierarchical-small"

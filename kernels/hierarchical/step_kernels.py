@@ -1,0 +1,393 @@
+"""The Triton kernels of the hierarchical rule's in-place step; `step.py` launches them.
+
+Tables on the device, int64: `tensors` (tensors, 5) holds the addresses of a tensor's param, grad,
+planes and step counter and its number of coordinates, as for the LSTM rule; `levels` (tensors, 5)
+the address of its state, its problem, where its raw step starts in `raw`, its first chunk and the
+one after its last; `chunks` (chunks, 2) a tensor's index and a first coordinate.
+
+`sweep` leaves new planes, raw steps and partial sums of every chunk; `levels` a tensor's new state
+and 1 / rms; `apply` steps the parameters and the global states.
+"""
+
+# Triton's functions take Triton's values: annotations would be wrong for either side.
+# mypy: disable-error-code="no-untyped-def,assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..lstm.cells import bounded_exp, sigmoid
+from ..lstm.step_kernels import address, left_alone, load_rows
+from . import cells
+
+RMS_EPS = tl.constexpr(1e-16)
+SQUARE_EPS = tl.constexpr(1e-12)
+LOG_RATE_LIMIT = tl.constexpr(33.0)
+
+
+@triton.jit
+def state_of(levels, tensor):
+    """Pointer to a tensor's state: k, then the mean of its log rates."""
+    return tl.load(levels + tensor * 5).to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def members(
+    tensors, levels, flags, problem, first, tensors_total,
+    BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Of tensors first, first + 1, ...: numbers of coordinates, 0 where one takes no part."""
+    index = first + tl.arange(0, BLOCK)
+    valid = index < tensors_total
+    valid = valid & (tl.load(levels + index * 5 + 1, valid, -1) == problem)
+    if HAS_FLAGS:
+        valid = valid & (tl.load(flags + index, valid, 1) == 0)
+    return index, tl.load(tensors + index * 5 + 4, valid, 0)
+
+
+@triton.jit
+def mean_log_rate(
+    tensors, levels, flags, problem, tensors_total,
+    T: tl.constexpr, BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """The mean over a problem's coordinates, from the means of its tensors."""
+    rates = tl.zeros((BLOCK,), tl.float32)
+    counts = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, tensors_total, BLOCK):
+        index, numel = members(
+            tensors, levels, flags, problem, first, tensors_total, BLOCK, HAS_FLAGS
+        )
+        present = numel > 0
+        state = tl.load(levels + index * 5, present, 0)
+        state = state.to(tl.pointer_type(tl.float32), bitcast=True)
+        count = numel.to(tl.float32)
+        rates += tl.load(state + T, present, 0.0) * count
+        counts += count
+    return tl.sum(rates, 0) / tl.maximum(tl.sum(counts, 0), 1.0)
+
+
+@triton.jit
+def features(
+    grad, averages, squares, centred, beta, beta_l, S: tl.constexpr,
+):  # fmt: skip
+    """New averages and squares, the scaled averages m and the 3 S inputs, as tuples."""
+    scaled, logs, new_averages, new_squares = (), (), (), ()
+    total = tl.zeros_like(grad)
+    for s in tl.static_range(S):
+        average = grad + beta * (averages[s] - grad)
+        square = average * average + 1e-12
+        square = square + beta_l * (squares[s] - square)
+        new_averages = new_averages + (average,)  # noqa: RUF005
+        new_squares = new_squares + (square,)  # noqa: RUF005
+        scaled = scaled + (cells.asinh(tl.div_rn(average, tl.sqrt_rn(square + 1e-16))),)  # noqa: RUF005
+        logarithm = tl.log(square + 1e-16)
+        logs = logs + (logarithm,)  # noqa: RUF005
+        total += logarithm
+        beta = tl.sqrt_rn(beta)
+    mean = total * (1.0 / S)
+    inputs = scaled
+    for s in tl.static_range(S - 1):
+        inputs = inputs + (scaled[s] * scaled[s + 1],)  # noqa: RUF005
+    for s in tl.static_range(S):
+        inputs = inputs + (logs[s] - mean,)  # noqa: RUF005
+    return new_averages, new_squares, scaled, inputs + (centred,)  # noqa: RUF005
+
+
+@triton.jit
+def dot(weights, bias, values, SIZE: tl.constexpr):
+    """bias + weights . values, over a tuple of SIZE arrays."""
+    total = tl.zeros_like(values[0]) + tl.load(bias)
+    for k in tl.static_range(SIZE):
+        total += values[k] * tl.load(weights + k)
+    return total
+
+
+@triton.jit
+def param_gru(x, h, gates, candidate, injected, P: tl.constexpr, S: tl.constexpr):
+    """The new h of every coordinate, a tuple of P; `injected` holds the biases of r, u and c."""
+    F: tl.constexpr = 3 * S
+    WIDTH: tl.constexpr = F + P
+    reset, new = (), ()
+    for unit in tl.static_range(P):
+        row = gates + unit * WIDTH
+        r = dot(row, injected + unit, x, F)
+        for k in tl.static_range(P):
+            r += h[k] * tl.load(row + F + k)
+        reset = reset + (h[unit] / (1.0 + bounded_exp(-r)),)  # noqa: RUF005
+    for unit in tl.static_range(P):
+        row = gates + (P + unit) * WIDTH
+        u = dot(row, injected + P + unit, x, F)
+        for k in tl.static_range(P):
+            u += h[k] * tl.load(row + F + k)
+        row = candidate + unit * WIDTH
+        c = dot(row, injected + 2 * P + unit, x, F)
+        for k in tl.static_range(P):
+            c += reset[k] * tl.load(row + F + k)
+        new = new + (cells.gru_state(u, c, h[unit]),)  # noqa: RUF005
+    return new
+
+
+@triton.jit
+def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr):
+    """The biases of the parameter GRU, with what the levels above inject, to `out`."""
+    ROWS: tl.constexpr = cells.padded(3 * P)
+    PT: tl.constexpr = cells.padded(T)
+    PG: tl.constexpr = cells.padded(G)
+    k = cells.load_vector(state, T, PT)
+    value = cells.affine(
+        meta + cells.offset("tensor_to_param", P, T, G, S),
+        meta + cells.offset("tensor_to_param_bias", P, T, G, S), k, 3 * P, T, ROWS, PT,
+    )  # fmt: skip
+    value += cells.affine(
+        meta + cells.offset("global_to_param", P, T, G, S),
+        meta + cells.offset("global_to_param_bias", P, T, G, S),
+        cells.load_vector(z, G, PG), 3 * P, G, ROWS, PG,
+    )  # fmt: skip
+    row = tl.arange(0, ROWS)
+    bias = tl.where(
+        row < 2 * P,
+        cells.offset("param_gates_bias", P, T, G, S) + row,
+        cells.offset("param_candidate_bias", P, T, G, S) + row - 2 * P,
+    )
+    value += tl.load(meta + bias, row < 3 * P, 0.0)
+    tl.store(out + row, value, row < 3 * P)
+
+
+@triton.jit(do_not_specialize=["tensors_total", "chunks_total", "programs"])
+def sweep(
+    tensors, levels, chunks, meta, hidden, injected, raw, partials, grad_scale, found_inf, flags,
+    tensors_total, chunks_total, programs, chunk, sign,
+    PARAM: tl.constexpr, PLANES: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
+    S: tl.constexpr, BLOCK: tl.constexpr, TENSORS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """New planes, raw steps, and sums of every chunk: new h, features, d^2, new log rate.
+
+    `sign` is -1 to maximize. `injected` is scratch, 3 P numbers a program.
+    """
+    F: tl.constexpr = 3 * S
+    SUMS: tl.constexpr = P + F + 2
+    LANES: tl.constexpr = cells.padded(SUMS)
+    program = tl.program_id(0)
+    own = injected + program * (3 * P)
+    sum_index = tl.arange(0, LANES)
+    known = tl.full((), -1, tl.int64)
+    mean = tl.full((), 0.0, tl.float32)
+    for number in range(program, chunks_total, programs):
+        tensor, first = tl.load(chunks + 2 * number), tl.load(chunks + 2 * number + 1)
+        numel = tl.load(tensors + tensor * 5 + 4)
+        problem = tl.load(levels + tensor * 5 + 1)
+        grad_ptr = address(tensors, tensor, 1, PARAM)
+        planes = address(tensors, tensor, 2, PLANES)
+        raw_ptr = raw + tl.load(levels + tensor * 5 + 2)
+        taken = tl.load(address(tensors, tensor, 3, tl.float32))
+        if problem != known:
+            mean = mean_log_rate(
+                tensors, levels, flags, problem, tensors_total, T, TENSORS, HAS_FLAGS
+            )
+            known = problem
+        # The biases of the chunk before are read to the end before these replace them.
+        tl.debug_barrier()
+        inject(meta, state_of(levels, tensor), hidden + problem * G, own, P, T, G, S)
+        tl.debug_barrier()
+        end = tl.minimum(first + chunk, numel)
+        if left_alone(tensor, found_inf, flags, HAS_FOUND_INF, HAS_FLAGS) != 0:
+            end = first
+        sums = tl.zeros((LANES,), tl.float32)
+        for start in range(first, end, BLOCK):
+            lanes = start + tl.arange(0, BLOCK)
+            valid = lanes < end
+            grad = tl.load(grad_ptr + lanes, valid, 0.0).to(tl.float32)
+            if HAS_SCALE:
+                grad = tl.div_rn(grad, tl.load(grad_scale))
+                tl.store(grad_ptr + lanes, grad.to(PARAM), valid)
+            grad *= sign
+            h = load_rows(planes, numel, lanes, valid, P)
+            averages = load_rows(planes + P * numel, numel, lanes, valid, S)
+            squares = load_rows(planes + (P + S) * numel, numel, lanes, valid, S)
+            rate_ptr = planes + (P + 2 * S) * numel + lanes
+            log_rate = tl.load(rate_ptr, valid, 0.0).to(tl.float32)
+            # Decays are 0 in a tensor's first step.
+            beta = sigmoid(dot(
+                meta + cells.offset("average_decay", P, T, G, S),
+                meta + cells.offset("average_decay_bias", P, T, G, S), h, P,
+            ))  # fmt: skip
+            beta_l = sigmoid(dot(
+                meta + cells.offset("square_decay", P, T, G, S),
+                meta + cells.offset("square_decay_bias", P, T, G, S), h, P,
+            ))  # fmt: skip
+            beta = tl.where(taken == 0.0, 0.0, beta)
+            beta_l = tl.where(taken == 0.0, 0.0, beta_l)
+            averages, squares, scaled, x = features(
+                grad, averages, squares, log_rate - mean, beta, beta_l, S
+            )
+            h = param_gru(
+                x, h, meta + cells.offset("param_gates", P, T, G, S),
+                meta + cells.offset("param_candidate", P, T, G, S), own, P, S,
+            )  # fmt: skip
+            d = tl.zeros((BLOCK,), tl.float32)
+            for k in tl.static_range(P):
+                d += h[k] * tl.load(meta + cells.offset("direction", P, T, G, S) + k)
+            for s in tl.static_range(S):
+                d += scaled[s] * tl.load(meta + cells.offset("shortcut", P, T, G, S) + s)
+            eta = log_rate + dot(
+                meta + cells.offset("rate", P, T, G, S),
+                meta + cells.offset("rate_bias", P, T, G, S), h, P,
+            )  # fmt: skip
+            eta = tl.minimum(eta, 33.0, propagate_nan=tl.PropagateNan.ALL)
+            eta = tl.maximum(eta, -33.0, propagate_nan=tl.PropagateNan.ALL)
+            away = tl.load(meta + cells.offset("log_rate_offset", P, T, G, S))
+            tl.store(raw_ptr + lanes, tl.exp(eta + away) * d, valid)
+            kept = sigmoid(tl.load(meta + cells.offset("rate_momentum", P, T, G, S)))
+            log_rate = eta + kept * (log_rate - eta)
+            tl.store(rate_ptr, log_rate.to(PLANES), valid)
+            for k in tl.static_range(P):
+                tl.store(planes + k * numel + lanes, h[k].to(PLANES), valid)
+                total = tl.sum(tl.where(valid, h[k], 0.0), 0)
+                sums += tl.where(sum_index == k, total, 0.0)
+            for s in tl.static_range(S):
+                tl.store(planes + (P + s) * numel + lanes, averages[s].to(PLANES), valid)
+                tl.store(planes + (P + S + s) * numel + lanes, squares[s].to(PLANES), valid)
+            for k in tl.static_range(F):
+                total = tl.sum(tl.where(valid, x[k], 0.0), 0)
+                sums += tl.where(sum_index == P + k, total, 0.0)
+            total = tl.sum(tl.where(valid, d * d, 0.0), 0)
+            sums += tl.where(sum_index == P + F, total, 0.0)
+            total = tl.sum(tl.where(valid, log_rate, 0.0), 0)
+            sums += tl.where(sum_index == P + F + 1, total, 0.0)
+        tl.store(partials + number * SUMS + sum_index, sums, sum_index < SUMS)
+
+
+@triton.jit(do_not_specialize=["chunks_total"])
+def tensor_level(
+    tensors, levels, meta, hidden, partials, inverse_rms, found_inf, flags,
+    P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    ROWS: tl.constexpr, HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A program a tensor: its sums in the order of its chunks, its new state and 1 / rms."""
+    F: tl.constexpr = 3 * S
+    SUMS: tl.constexpr = P + F + 2
+    LANES: tl.constexpr = cells.padded(SUMS)
+    PT: tl.constexpr = cells.padded(T)
+    PG: tl.constexpr = cells.padded(G)
+    tensor = tl.program_id(0)
+    numel = tl.load(tensors + tensor * 5 + 4)
+    if left_alone(tensor, found_inf, flags, HAS_FOUND_INF, HAS_FLAGS) != 0:
+        numel = tl.zeros_like(numel)
+    if numel > 0:
+        lane = tl.arange(0, LANES)
+        row = tl.arange(0, ROWS)
+        sums = tl.zeros((LANES,), tl.float64)
+        last = tl.load(levels + tensor * 5 + 4)
+        for first in range(tl.load(levels + tensor * 5 + 3), last, ROWS):
+            number = first + row
+            mask = (number < last)[:, None] & (lane < SUMS)[None, :]
+            part = tl.load(partials + number[:, None] * SUMS + lane[None, :], mask, 0.0)
+            sums += tl.sum(part.to(tl.float64), 0)
+        means = (sums / numel.to(tl.float64)).to(tl.float32)
+        square = tl.sum(tl.where(lane == P + F, means, 0.0), 0)
+        tl.store(inverse_rms + tensor, tl.div_rn(1.0, tl.sqrt_rn(square + 1e-16)))
+        state = state_of(levels, tensor)
+        tl.store(state + T, tl.sum(tl.where(lane == P + F + 1, means, 0.0), 0))
+        z = cells.load_vector(hidden + tl.load(levels + tensor * 5 + 1) * G, G, PG)
+        weights = meta + cells.offset("global_to_tensor", P, T, G, S)
+        bias = meta + cells.offset("global_to_tensor_bias", P, T, G, S)
+        injected_r = cells.affine(weights, bias, z, T, G, PT, PG)
+        injected_u = cells.affine(weights + T * G, bias + T, z, T, G, PT, PG)
+        injected_c = cells.affine(weights + 2 * T * G, bias + 2 * T, z, T, G, PT, PG)
+        x = tl.where(lane < P + F, means, 0.0)
+        new = cells.gru(
+            meta + cells.offset("tensor_gates", P, T, G, S),
+            meta + cells.offset("tensor_gates_bias", P, T, G, S),
+            meta + cells.offset("tensor_candidate", P, T, G, S),
+            meta + cells.offset("tensor_candidate_bias", P, T, G, S),
+            x, cells.load_vector(state, T, PT), injected_r, injected_u, injected_c,
+            P + F, T, LANES, PT,
+        )  # fmt: skip
+        unit = tl.arange(0, PT)
+        tl.store(state + unit, new, unit < T)
+
+
+@triton.jit
+def global_level(
+    tensors, levels, meta, hidden, flags, problem, tensors_total,
+    P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    TENSORS: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A problem's new global state from the mean of its tensors' new states."""
+    PT: tl.constexpr = cells.padded(T)
+    PG: tl.constexpr = cells.padded(G)
+    unit = tl.arange(0, PT)
+    total = tl.zeros((PT,), tl.float32)
+    count = tl.full((), 0.0, tl.float32)
+    for first in range(0, tensors_total, TENSORS):
+        index, numel = members(
+            tensors, levels, flags, problem, first, tensors_total, TENSORS, HAS_FLAGS
+        )
+        present = numel > 0
+        state = tl.load(levels + index * 5, present, 0)
+        state = state.to(tl.pointer_type(tl.float32), bitcast=True)
+        mask = present[:, None] & (unit < T)[None, :]
+        total += tl.sum(tl.load(state[:, None] + unit[None, :], mask, 0.0), 0)
+        count += tl.sum(present.to(tl.float32), 0)
+    if count > 0.0:
+        z = hidden + problem * G
+        nothing = tl.zeros((PG,), tl.float32)
+        new = cells.gru(
+            meta + cells.offset("global_gates", P, T, G, S),
+            meta + cells.offset("global_gates_bias", P, T, G, S),
+            meta + cells.offset("global_candidate", P, T, G, S),
+            meta + cells.offset("global_candidate_bias", P, T, G, S),
+            tl.div_rn(total, count), cells.load_vector(z, G, PG), nothing, nothing, nothing,
+            T, G, PT, PG,
+        )  # fmt: skip
+        out = tl.arange(0, PG)
+        tl.store(z + out, new, out < G)
+
+
+@triton.jit(do_not_specialize=["tensors_total", "chunks_total", "programs"])
+def apply(
+    tensors, levels, chunks, meta, hidden, raw, inverse_rms, rates, found_inf, flags,
+    tensors_total, chunks_total, programs, chunk,
+    PARAM: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    BLOCK: tl.constexpr, TENSORS: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr,
+):  # fmt: skip
+    """theta <- keep theta - lr raw / rms, steps counted; programs beyond take a problem each.
+
+    `rates` (tensors, 4) holds keep = 1 - lr * weight_decay and lr, each as the sum of two float32.
+    """
+    program = tl.program_id(0)
+    if program >= programs:  # noqa: SIM102
+        if left_alone(0, found_inf, flags, HAS_FOUND_INF, False) == 0:
+            problem = (program - programs).to(tl.int64)
+            global_level(
+                tensors, levels, meta, hidden, flags, problem, tensors_total,
+                P, T, G, S, TENSORS, HAS_FLAGS,
+            )  # fmt: skip
+    for number in range(program, tl.where(program < programs, chunks_total, 0), programs):
+        tensor, first = tl.load(chunks + 2 * number), tl.load(chunks + 2 * number + 1)
+        numel = tl.load(tensors + tensor * 5 + 4)
+        param_ptr = address(tensors, tensor, 0, PARAM)
+        raw_ptr = raw + tl.load(levels + tensor * 5 + 2)
+        keep, keep_low = tl.load(rates + tensor * 4), tl.load(rates + tensor * 4 + 1)
+        lr, lr_low = tl.load(rates + tensor * 4 + 2), tl.load(rates + tensor * 4 + 3)
+        end = tl.minimum(first + chunk, numel)
+        if left_alone(tensor, found_inf, flags, HAS_FOUND_INF, HAS_FLAGS) != 0:
+            end = first
+        if (end > first) & (first == 0):
+            counter = address(tensors, tensor, 3, tl.float32)
+            tl.store(counter, tl.load(counter) + 1.0)
+        for start in range(first, end, BLOCK):
+            lanes = start + tl.arange(0, BLOCK)
+            valid = lanes < end
+            update = -tl.load(raw_ptr + lanes, valid, 0.0) * tl.load(inverse_rms + tensor)
+            param = tl.load(param_ptr + lanes, valid, 0.0)
+            if PARAM == tl.float64:  # noqa: SIM300
+                kept = (keep.to(tl.float64) + keep_low.to(tl.float64)) * param
+                rate = lr.to(tl.float64) + lr_low.to(tl.float64)
+                moved = kept + rate * update.to(tl.float64)
+            else:
+                moved = keep * param.to(tl.float32) + lr * update
+            tl.store(param_ptr + lanes, moved.to(PARAM), valid)
