@@ -104,28 +104,12 @@ def dot(weights, bias, values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def param_gru(x, h, gates, candidate, injected, P: tl.constexpr, S: tl.constexpr):
-    """The new h of every coordinate, a tuple of P; `injected` holds the biases of r, u and c."""
-    F: tl.constexpr = 3 * S
-    WIDTH: tl.constexpr = F + P
-    reset, new = (), ()
-    for unit in tl.static_range(P):
-        row = gates + unit * WIDTH
-        r = dot(row, injected + unit, x, F)
-        for k in tl.static_range(P):
-            r += h[k] * tl.load(row + F + k)
-        reset = reset + (h[unit] / (1.0 + bounded_exp(-r)),)  # noqa: RUF005
-    for unit in tl.static_range(P):
-        row = gates + (P + unit) * WIDTH
-        u = dot(row, injected + P + unit, x, F)
-        for k in tl.static_range(P):
-            u += h[k] * tl.load(row + F + k)
-        row = candidate + unit * WIDTH
-        c = dot(row, injected + 2 * P + unit, x, F)
-        for k in tl.static_range(P):
-            c += reset[k] * tl.load(row + F + k)
-        new = new + (cells.gru_state(u, c, h[unit]),)  # noqa: RUF005
-    return new
+def gate(row, bias, x, h, P: tl.constexpr, F: tl.constexpr):
+    """bias + a row of weights (F + P) . [x, h]."""
+    total = dot(row, bias, x, F)
+    for k in tl.static_range(P):
+        total += h[k] * tl.load(row + F + k)
+    return total
 
 
 @triton.jit
@@ -169,6 +153,9 @@ def sweep(
     F: tl.constexpr = 3 * S
     SUMS: tl.constexpr = P + F + 2
     LANES: tl.constexpr = cells.padded(SUMS)
+    WIDTH: tl.constexpr = F + P
+    gates = meta + cells.offset("param_gates", P, T, G, S)
+    candidate = meta + cells.offset("param_candidate", P, T, G, S)
     program = tl.program_id(0)
     own = injected + program * (3 * P)
     sum_index = tl.arange(0, LANES)
@@ -222,19 +209,25 @@ def sweep(
             averages, squares, scaled, x = features(
                 grad, averages, squares, log_rate - mean, beta, beta_l, S
             )
-            h = param_gru(
-                x, h, meta + cells.offset("param_gates", P, T, G, S),
-                meta + cells.offset("param_candidate", P, T, G, S), own, P, S,
-            )  # fmt: skip
-            d = tl.zeros((BLOCK,), tl.float32)
+            # The loop over units is rolled from here on: written out it compiles for minutes.
+            reset = ()
             for k in tl.static_range(P):
-                d += h[k] * tl.load(meta + cells.offset("direction", P, T, G, S) + k)
+                r = gate(gates + k * WIDTH, own + k, x, h, P, F)
+                reset = reset + (h[k] / (1.0 + bounded_exp(-r)),)  # noqa: RUF005
+            d = tl.zeros((BLOCK,), tl.float32)
             for s in tl.static_range(S):
                 d += scaled[s] * tl.load(meta + cells.offset("shortcut", P, T, G, S) + s)
-            eta = log_rate + dot(
-                meta + cells.offset("rate", P, T, G, S),
-                meta + cells.offset("rate_bias", P, T, G, S), h, P,
-            )  # fmt: skip
+            eta = log_rate + tl.load(meta + cells.offset("rate_bias", P, T, G, S))
+            for unit in range(P):
+                u = gate(gates + (P + unit) * WIDTH, own + P + unit, x, h, P, F)
+                c = gate(candidate + unit * WIDTH, own + 2 * P + unit, x, reset, P, F)
+                h_ptr = planes + unit * numel + lanes
+                new = cells.gru_state(u, c, tl.load(h_ptr, valid, 0.0).to(tl.float32))
+                tl.store(h_ptr, new.to(PLANES), valid)
+                d += new * tl.load(meta + cells.offset("direction", P, T, G, S) + unit)
+                eta += new * tl.load(meta + cells.offset("rate", P, T, G, S) + unit)
+                total = tl.sum(tl.where(valid, new, 0.0), 0)
+                sums += tl.where(sum_index == unit, total, 0.0)
             eta = tl.minimum(eta, 33.0, propagate_nan=tl.PropagateNan.ALL)
             eta = tl.maximum(eta, -33.0, propagate_nan=tl.PropagateNan.ALL)
             away = tl.load(meta + cells.offset("log_rate_offset", P, T, G, S))
@@ -242,10 +235,6 @@ def sweep(
             kept = sigmoid(tl.load(meta + cells.offset("rate_momentum", P, T, G, S)))
             log_rate = eta + kept * (log_rate - eta)
             tl.store(rate_ptr, log_rate.to(PLANES), valid)
-            for k in tl.static_range(P):
-                tl.store(planes + k * numel + lanes, h[k].to(PLANES), valid)
-                total = tl.sum(tl.where(valid, h[k], 0.0), 0)
-                sums += tl.where(sum_index == k, total, 0.0)
             for s in tl.static_range(S):
                 tl.store(planes + (P + s) * numel + lanes, averages[s].to(PLANES), valid)
                 tl.store(planes + (P + S + s) * numel + lanes, squares[s].to(PLANES), valid)
