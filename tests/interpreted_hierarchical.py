@@ -1,0 +1,186 @@
+"""The hierarchical rule's Triton step under Triton's interpreter; run by the Triton tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastl2o
+from fastl2o import HierarchicalRule, LearnedOptimizer
+from fastl2o import _ops_hierarchical as hierarchical
+from kernels.hierarchical import step
+from kernels.hierarchical.config import StepConfig
+from tests.optimizers import run_steps, snapshot
+from tests.test_hierarchical_ops import Problem, close
+from tests.test_hierarchical_rule import detached, make
+
+# NaN and Inf go through on purpose; NumPy, which the interpreter computes with, remarks on them.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+SIZES = (3, 4, 5, 2)
+SHAPES: list[tuple[int, ...]] = [(5, 3), (), (0,), (260,)]
+
+
+@pytest.fixture(autouse=True)
+def by_triton() -> Any:
+    """Force the backend."""
+    with fastl2o.backend("triton"):
+        yield
+
+
+def follows_float64(mine: Problem, rule: HierarchicalRule, steps: int, **options: Any) -> None:
+    """Steps of the kernels against the reference in float64."""
+    sizes = (rule.param_size, rule.tensor_size, rule.global_size, rule.num_scales)
+    twin = make(*sizes)
+    count = len(mine.params)
+    lr, decay = [0.5 + 0.1 * i for i in range(count)], [0.1 * i for i in range(count)]
+    params, state = mine.wide()
+    scale = options.get("grad_scale", torch.ones(()))
+    sign = -1.0 if options.get("maximize") else 1.0
+    for _ in range(steps):
+        grads = mine.draw()
+        exact: list[Tensor | None] = [sign * g.double() / scale.double() for g in grads]
+        mine.step(rule, grads, lr=lr, weight_decay=decay, **options)
+        updates, state = twin.reference_step(exact, state)
+        state = detached(state)
+        for i, update in enumerate(updates):
+            assert update is not None
+            params[i] = (1 - lr[i] * decay[i]) * params[i] + lr[i] * update.detach()
+    expected = [*params, *state.planes, *state.tensors, state.hidden]
+    found = [*mine.params, *mine.planes, *mine.tensors, mine.hidden[0]]
+    for one, other in zip(found, expected, strict=True):
+        close(one.double(), other)
+    assert [int(taken) for taken in mine.steps] == state.steps
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (1, 2, 1, 1), (2, 17, 3, 4)], ids=str)
+def test_steps_are_the_reference_in_float64(sizes: tuple[int, ...]) -> None:
+    rule = make(*sizes, dtype=torch.float32)
+    follows_float64(Problem(rule, SHAPES), rule, 3)
+
+
+def test_many_tiles_a_chunk_and_many_chunks_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = StepConfig(block=32, warps=1, chunk=64, max_programs=2, tensors=2, rows=2)
+    monkeypatch.setattr(step, "step_config", lambda coordinates: config)
+    rule = make(*SIZES, dtype=torch.float32)
+    follows_float64(Problem(rule, [(290,), (3,), (63,)]), rule, 2)
+
+
+def test_gradient_scale_and_maximize() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine = Problem(rule, [(40,), (7,)])
+    follows_float64(mine, rule, 1, grad_scale=torch.tensor(4.0), maximize=True)
+
+
+def test_gradients_are_written_back_unscaled() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine = Problem(rule, [(40,)])
+    grads = mine.draw()
+    before = grads[0].clone()
+    mine.step(rule, grads, grad_scale=torch.tensor(4.0))
+    assert torch.equal(grads[0], before / 4)
+
+
+def test_dtypes_mix_in_one_call() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    results = []
+    for backend in ("triton", "reference"):
+        mine = Problem(rule, [(20,), (9,), (6, 5), (33,)], state_dtype=torch.bfloat16)
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+        mine.params = [p.to(dtype) for p, dtype in zip(mine.params, dtypes, strict=True)]
+        with fastl2o.backend(backend):
+            for _ in range(2):
+                mine.step(rule, mine.draw())
+        results.append(mine.everything())
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        close(found.double(), expected.double(), 2e-2 if found.element_size() == 2 else 1e-2)
+
+
+def test_problems_of_one_call_are_apart() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    both = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
+    alone = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
+    hidden = torch.cat([*(problem.hidden for problem in both), torch.full((1, 5), 3.0)])
+    for _ in range(2):
+        grads = [problem.draw() for problem in both]
+        lists = [
+            [tensor for problem in both for tensor in getattr(problem, name)]
+            for name in ("planes", "tensors", "steps")
+        ]
+        params = [param for problem in both for param in problem.params]
+        hierarchical.step_(
+            rule, params, [*grads[0], *grads[1]], *lists, hidden,
+            problems=[0, 0, 1, 1], lr=[1.0] * 4, weight_decay=[0.0] * 4,
+        )  # fmt: skip
+        for problem in alone:
+            problem.step(rule, problem.draw())
+    for index, (mine, other) in enumerate(zip(both, alone, strict=True)):
+        mine.hidden = hidden[index : index + 1]
+        for found, expected in zip(mine.everything(), other.everything(), strict=True):
+            assert torch.equal(found, expected)
+    assert bool((hidden[2] == 3.0).all())
+
+
+def test_skipped_tensors_take_no_part() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine, alone = Problem(rule, [(9,), (33,)]), Problem(rule, [(9,)])
+    grads = mine.draw()
+    grads[1][7] = torch.nan
+    before = [t[1].clone() for t in (mine.params, mine.planes, mine.tensors, mine.steps)]
+    mine.step(rule, grads, nonfinite="skip")
+    alone.step(rule, grads[:1])
+    after = (mine.params[1], mine.planes[1], mine.tensors[1], mine.steps[1])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(mine.params[0], alone.params[0])
+    assert torch.equal(mine.hidden, alone.hidden)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "pass"])
+def test_found_inf_and_refused_gradients_change_nothing(nonfinite: str) -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine = Problem(rule, [(9,), (33,)])
+    grads = mine.draw()
+    grads[1][7] = torch.inf
+    before = [tensor.clone() for tensor in mine.everything()]
+    mine.step(rule, grads, found_inf=torch.ones(()), nonfinite=nonfinite)
+    if nonfinite == "raise":
+        with pytest.raises(RuntimeError, match="gradient 1 of the list holds NaN or Inf"):
+            mine.step(rule, grads)
+    with pytest.raises(ValueError, match="problems"):
+        mine.step(rule, mine.draw(), problems=[0, 1])
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.everything(), strict=True))
+
+
+def test_tables_are_kept_while_addresses_stay() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine, other = Problem(rule, [(9,)]), Problem(rule, [(9,)])
+    plans = []
+    for each in (mine, mine, other):
+        lists = (each.params, each.params, each.planes, each.tensors, each.steps)
+        plans.append(step.plan_of(rule, *lists, []))
+    assert plans[0] is plans[1]
+    assert plans[0] is not plans[2]
+
+
+def test_sizes_and_windows_without_kernels_are_refused() -> None:
+    rule = HierarchicalRule(param_size=17)
+    mine = Problem(rule, [(9,)])
+    with pytest.raises(RuntimeError, match="param_size up to 16, not 17"):
+        mine.step(rule, mine.draw())
+
+
+def test_the_optimizer_steps_by_it() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    results = []
+    for backend in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+        optimizer = LearnedOptimizer(params, rule, seed=3)
+        run_steps(optimizer, 2, backend=backend)
+        results.append(snapshot(optimizer))
+    for found, expected in zip(*results, strict=True):
+        close(found.double(), expected.double())
