@@ -36,7 +36,7 @@ CPU_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
 
 def switch(name: str, default: str) -> bool:
     """Read an on/off environment variable; docs/environment.md lists them all."""
-    value = os.environ.get(name, default)
+    value = os.environ.get(name) or default
     if value not in ("0", "1"):
         raise SystemExit(f"{name} is {value!r}; accepted are 0 and 1")
     return value == "1"
@@ -125,10 +125,11 @@ class BuildCore(Command):
 
 def configuration() -> dict[str, Any]:
     commands: dict[str, type[Command]] = {"build_core": BuildCore}
-    if not switch("FASTL2O_CPP", "1"):
+    # Wrong settings are told before anything is compiled, also those that are not used.
+    compiled, _, _ = switch("FASTL2O_CPP", "1"), switch("FASTL2O_WERROR", "0"), find_nvcc()
+    if not compiled:
         return {"cmdclass": commands}
     commands["build_ext"] = ops_command()
-    find_nvcc()  # a wrong setting is told before anything is compiled
     options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
     return {"cmdclass": commands, "ext_modules": [ops_extension()], "options": options}
 

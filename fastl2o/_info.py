@@ -27,7 +27,7 @@ def info() -> Info:
         torch, "extension" (path of the compiled extension or None) and "extension_status",
         "cuda_extension" and "cuda_extension_status" (the library of CUDA kernels),
         "cpu_capability" (instruction set in use, or None), "backends" (name to "" if present, else
-        why not), "default_backend", "zoo" (names).
+        why not), "default_backend", "precision" of the CUDA kernels, "zoo" (names).
 
     Example:
         >>> info()["backends"]["reference"]
@@ -47,6 +47,7 @@ def info() -> Info:
             "cpu_capability": _load.cpu_capability() if extension.loaded else None,
             "backends": backends.available(),
             "default_backend": backends.requested(),
+            "precision": backends.precision(),
             "zoo": zoo.names(),
         }
     )

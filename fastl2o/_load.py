@@ -7,12 +7,13 @@ for.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ._environment import choice
 
 MINIMUM_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent
@@ -54,7 +55,7 @@ def load_extension(folder: Path = _PACKAGE) -> Extension:
     A library that is there but does not load is a broken build: a RuntimeWarning tells, since going
     on silently would only look like slowness.
     """
-    if os.environ.get("FASTL2O_CPP") == "0":
+    if choice("FASTL2O_CPP", ("1", "0")) == "0":
         return Extension(None, "FASTL2O_CPP=0 is set: unset it to use the CPU kernels")
     path = find_library(folder)
     if path is None:
@@ -79,7 +80,7 @@ def load_cuda_extension(folder: Path = _PACKAGE) -> Extension:
 
     Under a torch without CUDA it is not touched: the symbols that it needs are not there.
     """
-    if os.environ.get("FASTL2O_CUDA") == "0":
+    if choice("FASTL2O_CUDA", ("auto", "0", "1")) == "0":
         return Extension(None, "FASTL2O_CUDA=0 is set: unset it to use the CUDA kernels")
     if torch.version.cuda is None:
         return Extension(

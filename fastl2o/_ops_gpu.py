@@ -9,7 +9,6 @@ Triton is imported by the first call that needs it.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -31,10 +30,7 @@ _LEAST_CAPABILITY = (7, 5)
 
 def fast() -> bool:
     """Whether the CUDA kernels may use TF32 products: FASTL2O_PRECISION is "fast"."""
-    value = os.environ.get("FASTL2O_PRECISION") or "exact"
-    if value not in ("exact", "fast"):
-        raise ValueError(f"Invalid FASTL2O_PRECISION: {value!r}; pass one of exact, fast")
-    return value == "fast"
+    return backends.precision() == "fast"
 
 
 def cuda_arguments(rule: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from types import TracebackType
 
 import torch
 
+from ._environment import choice
 from ._load import Extension, load_cuda_extension, load_extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
@@ -135,10 +136,14 @@ def requested() -> str:
     forced = _forced.get()
     if forced is not None:
         return forced
-    name = os.environ.get("FASTL2O_BACKEND") or "auto"
-    if name != "auto":
-        _require(name, "FASTL2O_BACKEND")
+    name = choice("FASTL2O_BACKEND", NAMES)
+    _require(name, "FASTL2O_BACKEND")
     return name
+
+
+def precision() -> str:
+    """What FASTL2O_PRECISION asks for, "exact" or "fast"; only the CUDA kernels know the second."""
+    return choice("FASTL2O_PRECISION", ("exact", "fast"))
 
 
 def _takes_all(name: str) -> str:
@@ -163,6 +168,7 @@ def choose(
     Raises:
         RuntimeError: a backend was forced that cannot take these tensors.
     """
+    precision()  # a wrong one is refused by every backend, not by the one that reads it alone
     name = requested()
     if name == "reference":
         return name

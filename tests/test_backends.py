@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,33 @@ def test_asking_for_an_absent_backend_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FASTL2O_BACKEND", "fast")
     with pytest.raises(ValueError, match="Invalid FASTL2O_BACKEND: 'fast'"):
         backends.requested()
+
+
+def test_an_unknown_precision_is_refused_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTL2O_PRECISION", "tf32")
+    for forced in ("auto", "reference"):
+        with (
+            fastl2o.backend(forced),
+            pytest.raises(ValueError, match="FASTL2O_PRECISION: 'tf32'; pass one of exact, fast"),
+        ):
+            Lists(LSTMRule(2, 1)).run(LSTMRule(2, 1))
+    with pytest.raises(ValueError, match="FASTL2O_PRECISION"):
+        fastl2o.info()
+
+
+@pytest.mark.parametrize(
+    ("name", "load", "accepted"),
+    [
+        ("FASTL2O_CPP", _load.load_extension, "1, 0"),
+        ("FASTL2O_CUDA", _load.load_cuda_extension, "auto, 0, 1"),
+    ],
+)
+def test_unknown_switches_are_refused_at_import(
+    name: str, load: Callable[[], object], accepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(ValueError, match=f"Invalid {name}: 'yes'; pass one of {accepted}"):
+        load()
 
 
 @needs_cpu_kernels

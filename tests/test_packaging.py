@@ -151,8 +151,12 @@ else:
     run(sys.executable, "-c", program, cwd=tmp_path, FASTL2O_CPP="0", PYTHONPATH=str(ROOT))
 
 
-def test_setup_refuses_a_switch_it_does_not_know(tmp_path: Path) -> None:
-    environment = {**os.environ, "FASTL2O_CPP": "yes"}
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("FASTL2O_CPP", "0 and 1"), ("FASTL2O_WERROR", "0 and 1"), ("FASTL2O_CUDA", "auto, 0 and 1")],
+)
+def test_setup_refuses_a_switch_it_does_not_know(name: str, accepted: str) -> None:
+    environment = {**os.environ, "FASTL2O_CPP": "0", name: "yes"}
     result = subprocess.run(
         [sys.executable, str(ROOT / "setup.py"), "--version"],
         cwd=ROOT,
@@ -162,7 +166,7 @@ def test_setup_refuses_a_switch_it_does_not_know(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode != 0
-    assert "FASTL2O_CPP is 'yes'; accepted are 0 and 1" in result.stderr
+    assert f"{name} is 'yes'; accepted are {accepted}" in result.stderr
 
 
 def libraries() -> list[Path]:

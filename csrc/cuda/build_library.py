@@ -13,7 +13,7 @@ CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0+PTX"
 
 def find_nvcc() -> str | None:
     """The nvcc to build with, None to leave the CUDA library out."""
-    value = os.environ.get("FASTL2O_CUDA", "auto")
+    value = os.environ.get("FASTL2O_CUDA") or "auto"
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"FASTL2O_CUDA is {value!r}; accepted are auto, 0 and 1")
     nvcc = None if value == "0" else shutil.which("nvcc")
