@@ -46,6 +46,11 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "evaluating": False,
 }
 
+# By which a group of ours is told from one of another optimizer, whose lr would be taken over.
+OWN_OPTIONS = frozenset(
+    ("rule", "nonfinite", "state_dtype", "stochastic_rounding", "seed", "rounding_step")
+)
+
 # What a parameter's state holds that torch's load_state_dict must not cast or share.
 OWN_ENTRIES = ("planes", "step", "tensor")
 
@@ -143,9 +148,10 @@ def as_float(number: float | Tensor) -> float:
 
 
 def _check_number(name: str, value: Any) -> None:
+    boolean = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
     try:
-        number = as_float(value)
-    except (TypeError, ValueError):
+        number = math.nan if boolean else as_float(value)
+    except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0.0 <= number < math.inf:
         raise ValueError(f"Invalid {name}: {value}. Accepted: a finite number >= 0")
@@ -356,6 +362,12 @@ def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
         )
     for group_idx, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         rule = group["rule"]
+        if not OWN_OPTIONS & set(saved):
+            raise ValueError(
+                f"loaded state dict: group {group_idx} has the options {sorted(map(str, saved))}, "
+                "none of a LearnedOptimizer's own: it is of another optimizer. Give what a "
+                "LearnedOptimizer's state_dict() returned"
+            )
         try:
             check_options({**group, **saved})
         except (ValueError, RuntimeError) as error:

@@ -52,15 +52,17 @@ class LearnedOptimizer(Optimizer):
         params: parameters, ``(name, parameter)`` pairs or param groups (dicts). A group may carry
             its own ``lr``, ``weight_decay``, ``rule`` and every other option below. Parameters may
             be float32, float64, bfloat16, float16 or complex, of any shape and memory layout;
-            also DTensors (FSDP2), whose ``planes`` are split like them.
+            also DTensors (FSDP2), whose ``planes`` are split like them. As in torch, integer
+            tensors are taken as long as they have no gradient, and what else a group holds is kept.
         rule: a :class:`~fastl2o.Rule`, the name of a shipped one or a path to a .safetensors file.
-        lr: a finite number >= 0 or a tensor of one element.
+        lr: a finite number >= 0, not a bool, or a tensor of one element.
         weight_decay: decoupled, multiplied by ``lr``; a finite number >= 0.
         maximize: follow the negated gradient.
         nonfinite: what to do about a gradient that holds NaN or Inf (RNNprop squares gradients in
             float32: a finite one beyond 1.8e19 stalls its coordinate unseen). "raise":
             RuntimeError that names the parameter, nothing is changed; "skip": leave that parameter
-            and its state alone; "pass": feed it to the rule.
+            and its state alone (a first step makes its state all the same, as torch does where
+            a GradScaler skips: that of no step taken); "pass": feed it to the rule.
         state_dtype: float32; bfloat16 to halve the memory; float64 (reference path only).
         stochastic_rounding: of bfloat16 state, so that changes below its precision add up instead
             of being lost; not within a CUDA graph. ``seed`` and the number of the step, which the

@@ -292,3 +292,34 @@ def test_printing_shows_groups_and_rules_on_a_line_each() -> None:
     assert "rule: LSTMRule(hidden_size=2, " in text
     assert "rule: RNNPropRule(hidden_size=3, " in text
     assert "lr: 0.5\n" in text
+
+
+@by_random
+def test_a_skipped_first_step_leaves_the_state_of_no_step_taken(case: OptimizerCase) -> None:
+    """As torch's fused optimizers do where a GradScaler skips: the state is there, untouched."""
+    rule = case.rule(LR)
+    params = [p for p in make_params() if p.numel()]  # an empty gradient cannot hold a NaN
+    optimizer = LearnedOptimizer(params, rule, nonfinite="skip")
+    fresh = LearnedOptimizer(clone_params(params), rule, nonfinite="skip")
+    set_grads(params, 0)
+    for p in params:
+        p.grad.fill_(torch.nan)
+    before = clone_params(params)
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    for each in (optimizer, fresh):
+        run_steps(each, 2, seed=50)
+    assert_same_bits(snapshot(optimizer), snapshot(fresh))
+
+
+def test_what_torch_tolerates_in_a_group_is_tolerated() -> None:
+    """Integer tensors without a gradient, and options that mean nothing to the optimizer."""
+    counts, weight = torch.ones(3, dtype=torch.int64), torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = LearnedOptimizer(
+        [{"params": [counts, weight], "note": "first layer"}], LSTMRule.as_sgd(LR)
+    )
+    optimizer.step()
+    assert counts.tolist() == [1, 1, 1]
+    assert bool((weight < 1).all())
+    assert optimizer.state_dict()["param_groups"][0]["note"] == "first layer"
