@@ -35,6 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
+    "elu": nn.ELU,
 }
 
 
@@ -187,7 +188,7 @@ def plot(results: list[Curves], setting: DemoSetting, path: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError(
-            "the picture needs matplotlib: pip install 'fastl2o[demo]', or use --no-plot"
+            "the picture needs matplotlib: pip install 'fastl2o[demo]', or use --no-picture"
         ) from error
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -7,6 +7,7 @@ one gets its best learning rate out of a grid, found on other seeds than those r
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,15 @@ def threads(count: int) -> Iterator[None]:
 
     One is right for small networks: their operations are too short to share, and two threads that
     wait for each other on a busy machine are many times slower than one.
+
+    Raises:
+        ValueError: fewer than one, or more than the machine has processors.
     """
+    most = os.cpu_count() or 1
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"threads must be from 1 to {most}, this machine's processors; got {count}"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -151,7 +160,12 @@ class Comparison:
         text = render_table(["optimizer", "lr", *columns, "diverged"], lines)
         if any(row.edge for row in self.rows):
             text += "\n* the best rate is at the edge of the grid"
-        return text
+        total, last = columns[-2:]
+        return (
+            f"{text}\n{total}: the losses before each of the {self.horizon} steps; {last}: mean at "
+            "the end, the loss after the last step included;\ndiverged: runs that went non-finite "
+            "or ended above their first loss"
+        )
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -253,6 +267,11 @@ def compare(
     setting = setting or Setting()
     if not rules and not hand_designed:
         raise ValueError("nothing to compare: give rules, hand_designed optimizers, or both")
+    if hand_designed and setting.criterion == "sum" and setting.horizon == 1:
+        raise ValueError(
+            "criterion 'sum' of horizon 1 is the loss before any step, the same for every learning "
+            "rate: choose criterion 'final' or a longer horizon"
+        )
     trainings = len(rules) + len(hand_designed) * (len(setting.learning_rates) + 1)
     # A seed far from the reported one; both are stated by the result, so it can be repeated.
     tuning_seed = setting.seed + 1_000_003

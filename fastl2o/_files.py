@@ -123,6 +123,13 @@ def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> 
         name_or_path.endswith(".safetensors") or os.sep in name_or_path or "/" in name_or_path
     )
     path = zoo.path(str(name_or_path)) if is_name else Path(name_or_path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; pass the path of a rule's .safetensors file")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no rule file {path}; pass the path of one that was written by rule.save, or "
+            f"a shipped rule's name: {', '.join(zoo.names()) or 'there are none'}"
+        )
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path}: larger than any rule; pass a file that was written by rule.save")
     return _parse_rule(path.read_bytes(), str(path), family)

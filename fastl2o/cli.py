@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,17 +27,66 @@ app = typer.Typer(
 )
 DEMO_RULES = ("lstm-mnist", "rnnprop-mnist")
 TASKS = ("quadratic", "digits", "mnist")
+_MAX_SEED = 2**63 - 1
+
+
+def _version(asked: bool) -> None:
+    from . import __version__
+
+    if asked:
+        typer.echo(f"fastl2o {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    # Its docstring would take the place of the app's help.
+    pass
 
 
 def _load_rules(names: list[str]) -> dict[str, Rule]:
     """Rules by the label shown in tables: shipped name, or file name if only one has it."""
     from . import load
 
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} given more than once; give each rule once")
     stems = [Path(name).stem for name in names]
     return {
         stem if stems.count(stem) == 1 else name: load(name)
         for stem, name in zip(stems, names, strict=True)
     }
+
+
+def _check_file(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, before the work that fills it."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a file in it")
+    _make_folder(path.parent, option)
+    new = not path.exists()
+    try:
+        with open(path, "ab"):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written ({error.strerror}); choose another place"
+        ) from error
+    if new:
+        path.unlink()
+
+
+def _make_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{option}: there is no folder {folder} and none can be made ({error.strerror}); "
+            "choose another place"
+        ) from error
 
 
 @app.command()
@@ -46,7 +96,7 @@ def demo(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Runs reported for each optimizer.")] = 5,
-    activation: Annotated[str, typer.Option(help="sigmoid, tanh or relu.")] = "sigmoid",
+    activation: Annotated[str, typer.Option(help="sigmoid, tanh, relu or elu.")] = "sigmoid",
     out: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("runs/demo.png"),
     picture: Annotated[bool, typer.Option(help="Draw the curves (needs matplotlib).")] = True,
 ) -> None:
@@ -61,6 +111,9 @@ def demo(
             "by --rule PATH"
         )
     setting = _demo.DemoSetting(steps=steps, seeds=seeds, activation=activation)
+    rules = _load_rules(names)
+    if picture:
+        _check_file(out, "--out")
     typer.echo(
         f"scikit-learn digits, 64-{setting.hidden}-10 {activation} network, batch "
         f"{setting.batch_size}, {steps} steps, mean ±std over {seeds} seeds. The learned rules run "
@@ -68,7 +121,7 @@ def demo(
         f"chosen on {setting.tuning_seeds} seeds of their own."
     )
     with threads(1):
-        results = _demo.run(_load_rules(names), setting, progress=True)
+        results = _demo.run(rules, setting, progress=True)
     typer.echo(_demo.table(results, setting))
     if picture:
         typer.echo(f"curves: {_demo.plot(results, setting, out)}")
@@ -85,7 +138,9 @@ def train(
     outer_steps: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's number.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, help="Instead of the recipe's seed.")
+    ] = None,
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Outer steps between checkpoints.")
     ] = 200,
@@ -94,7 +149,7 @@ def train(
     from dataclasses import asdict, replace
 
     from . import __version__
-    from .meta.checkpoint import load_checkpoint
+    from .meta.checkpoint import has_checkpoint
     from .meta.recipe import build_trainer, load_recipe
 
     loaded = load_recipe(recipe)
@@ -103,17 +158,27 @@ def train(
         outer_steps=loaded.outer_steps if outer_steps is None else outer_steps,
         seed=loaded.seed if seed is None else seed,
     )
+    tasks = [*loaded.tasks, *(loaded.validation or {}).get("tasks", ())]
+    if data is not None and not any(task.get("data") == "mnist" for task in tasks):
+        raise ValueError(f"recipe {loaded.name!r} has no task on MNIST; leave --data out")
     folder = out if out is not None else Path("runs") / loaded.name
+    trainer = build_trainer(loaded, data, checkpoint_dir=folder, checkpoint_every=checkpoint_every)
+    if resume and not has_checkpoint(folder):
+        raise RuntimeError(
+            f"there is no checkpoint in {folder}: leave --resume out to begin there, or name the "
+            "folder that has one by --out"
+        )
+    _make_folder(folder, "--out")
     with _alone_in(folder):
-        exists = load_checkpoint(folder) is not None
-        if exists and not resume:
+        if has_checkpoint(folder) and not resume:
             raise RuntimeError(
                 f"{folder} holds a checkpoint: continue it with --resume, or choose another --out"
             )
-        trainer = build_trainer(
-            loaded, data, checkpoint_dir=folder, checkpoint_every=checkpoint_every
+        trainer.resume()
+        begun = f", continued after {trainer.outer_step}" if resume else ""
+        typer.echo(
+            f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps{begun}, in {folder}"
         )
-        typer.echo(f"{loaded.name}: {trainer.rule}, {loaded.outer_steps} outer steps, in {folder}")
         try:
             result = trainer.fit(loaded.outer_steps)
         except KeyboardInterrupt:
@@ -138,28 +203,33 @@ def train(
         }
         path = folder / f"{loaded.name}.safetensors"
         trainer.best_rule.save(path, card)
-        score = "" if result.best_step is None else f", validation {result.best_score:.5g}"
-        typer.echo(
-            f"best rule: {path} (outer step {result.best_step or result.outer_steps}{score})"
-        )
+        if result.best_step is None:
+            typer.echo(f"last rule: {path} (outer step {result.outer_steps}; none was validated)")
+        else:
+            typer.echo(
+                f"best rule: {path} (outer step {result.best_step}, validation "
+                f"{result.best_score:.5g})"
+            )
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep a second training out of the folder; a killed process frees it too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "training.lock", "w", encoding="utf-8") as file:
+    descriptor = os.open(folder, os.O_RDONLY)  # of the folder itself: no file is left behind
+    try:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on this system
-        except OSError:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise RuntimeError(
                 f"another training is running in {folder}: wait for it, or choose another --out"
             ) from None
+        except (ImportError, OSError):
+            pass  # no such locks on this system
         yield
+    finally:
+        os.close(descriptor)
 
 
 @app.command("eval")
@@ -171,7 +241,7 @@ def evaluate(
     tuning_seeds: Annotated[
         int, typer.Option(min=1, help="Other runs, for choosing learning rates.")
     ] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the reported runs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Seed of the reported runs.")] = 0,
     criterion: Annotated[
         str, typer.Option(help="Learning rates by the 'sum' of losses or by the 'final' loss.")
     ] = "sum",
@@ -204,8 +274,6 @@ def evaluate(
     """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
     from ._evaluate import HAND_DESIGNED, Setting, compare, threads
 
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     widths = None if hidden is None else _parse_widths(hidden)
     options = {
         "data": data,
@@ -225,24 +293,25 @@ def evaluate(
         steps=tuple(step or ()),
     )
     chosen = _make_task(task, {key: value for key, value in options.items() if value is not None})
+    learned = _load_rules(rules)
+    if out is not None:
+        _check_file(out, "--out")
     with threads(num_threads):
         comparison = compare(
             chosen,
-            _load_rules(rules),
+            learned,
             setting,
             hand_designed=HAND_DESIGNED if baselines else {},
             progress=True,
         )
     document = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(document + "\n", encoding="utf-8")
     if as_json:
         typer.echo(document)
     else:
-        typer.echo(
-            f"{comparison.task}, {seeds} runs, rates chosen by {criterion} on {tuning_seeds}"
-        )
+        rates = f", rates chosen by {criterion} on {tuning_seeds} others" if baselines else ""
+        typer.echo(f"{comparison.task}, {seeds} runs{rates}")
         typer.echo(comparison.table())
 
 
@@ -303,8 +372,12 @@ def main() -> None:
     """Entry point of the ``fastl2o`` script: expected errors are one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        typer.echo(f"fastl2o: {error}", err=True)
+    except (
+        *(ValueError, TypeError, RuntimeError, OSError, ImportError),
+        *(ArithmeticError, MemoryError),
+    ) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"fastl2o: {message}", err=True)
         raise SystemExit(1) from error
 
 

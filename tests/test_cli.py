@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,22 @@ def rule_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def main_error(monkeypatch, capsys) -> Callable[..., str]:
+    """Run the command line to its failure and return the one line that it prints."""
+
+    def fail(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastl2o", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("fastl2o: ")
+        return line
+
+    return fail
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -69,7 +87,8 @@ def test_info_names_version_and_backends() -> None:
 
 def test_train_saves_a_rule_with_its_recipe(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "best rule" in run("train", recipe, "--out", out)
+    assert "last rule" in run("train", recipe, "--out", out)
+    assert {path.name for path in out.iterdir()} == {"tiny.safetensors", "checkpoint.pt", "log.csv"}
     rule = fastl2o.load(out / "tiny.safetensors")
     assert rule.config()["hidden_size"] == 3
     assert rule.card["recipe"]["seed"] == 3
@@ -82,9 +101,60 @@ def test_train_resumes_to_the_same_rule_as_without_a_break(recipe: Path, tmp_pat
     run("train", recipe, "--out", broken)
     with pytest.raises(RuntimeError, match="--resume"):
         run("train", recipe, "--out", broken)
-    run("train", recipe, "--out", broken, "--resume", "--outer-steps", 4)
+    text = run("train", recipe, "--out", broken, "--resume", "--outer-steps", 4)
+    assert "4 outer steps, continued after 2" in text
     rules = [fastl2o.load(folder / "tiny.safetensors") for folder in (whole, broken)]
     assert torch.equal(*(rule.flat_parameters() for rule in rules))
+
+
+def test_train_says_which_rule_was_best(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE + "[validation]\nevery = 1\nruns = 2\n", encoding="utf-8")
+    text = run("train", recipe, "--out", tmp_path / "out")
+    assert re.search(r"best rule: .*\(outer step [12], validation ", text)
+
+
+def test_a_recipes_schedule_fixes_the_outer_steps(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE + '[schedule]\nkind = "cosine"\n', encoding="utf-8")
+    run("train", recipe, "--out", tmp_path)
+    with pytest.raises(ValueError, match="--outer-steps must stay as it was"):
+        run("train", recipe, "--out", tmp_path, "--resume", "--outer-steps", 4)
+
+
+def test_train_refuses_what_it_would_ignore(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="recipe 'tiny' has no task on MNIST; leave --data out"):
+        run("train", recipe, "--out", out, "--data", "mnist.npz")
+    with pytest.raises(RuntimeError, match=r"there is no checkpoint in .*leave --resume out"):
+        run("train", recipe, "--out", out, "--resume")
+    assert not out.exists()
+
+
+def test_a_damaged_checkpoint_is_an_error_on_one_line(
+    main_error: Callable[..., str], recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    message = main_error("train", recipe, "--out", tmp_path, "--resume")
+    assert "no checkpoint in" in message
+    assert "delete the directory to start over" in message
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_have_the_same_range_in_every_command(command: str, seed: int, recipe: Path) -> None:
+    result = CliRunner().invoke(cli.app, [command, str(recipe), "--seed", str(seed)])
+    assert result.exit_code == 2
+    assert "--seed" in result.output
+
+
+def test_the_largest_seed_works_everywhere(recipe: Path, rule_file: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE + "[validation]\nevery = 1\nruns = 2\n", encoding="utf-8")
+    largest = ("--seed", 2**63 - 1)
+    run("train", recipe, "--out", tmp_path / "out", *largest)
+    run("eval", rule_file, "--horizon", 2, "--seeds", 2, "--dim", 2, *largest)
+
+
+def test_version() -> None:
+    assert run("--version") == f"fastl2o {fastl2o.__version__}\n"
 
 
 def test_train_seed_changes_the_rule(recipe: Path, tmp_path: Path) -> None:
@@ -119,12 +189,18 @@ def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
     assert "split='meta_valid'" in text
     assert "adam-like" in text
     assert "SGD" not in text
+    assert "rates" not in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--task", "cifar"], "--task must be one of quadratic, digits, mnist; got 'cifar'"),
+        (["--threads", "100000"], "threads must be from 1 to"),
+        (["--init-scale", "foo"], "init_scale must be a finite number"),
+        (["--task", "digits", "--init-scale", "foo"], "at least 0, or 'torch'"),
+        (["--out", "/dev/null/x.json"], "--out: there is no folder /dev/null and none can be made"),
+        (["--out", "."], "--out . is a folder; give the name of a file in it"),
         (["--hidden", "20"], "--task quadratic has no use for --hidden"),
         (["--task", "digits", "--data", "x.npz", "--dim", "3"], "--data, --dim"),
         (["--task", "digits", "--hidden", "many"], "--hidden takes widths"),
@@ -136,8 +212,13 @@ def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_eval_refuses(arguments: list[str], message: str, rule_file: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         run("eval", rule_file, *arguments)
+
+
+def test_eval_takes_each_rule_once(rule_file: Path) -> None:
+    with pytest.raises(ValueError, match="given more than once; give each rule once"):
+        run("eval", rule_file, rule_file)
 
 
 def test_demo_prints_a_table_and_saves_the_picture(rule_file: Path, tmp_path: Path) -> None:
@@ -160,15 +241,20 @@ def test_bench_outside_a_source_tree_says_where_it_is(monkeypatch, tmp_path: Pat
         run("bench")
 
 
-def test_main_prints_expected_errors_on_one_line(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["fastl2o", "train", "no-such-recipe"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("fastl2o: ")
-    assert "no-such-recipe" in error
-    assert "Traceback" not in error
+def test_main_prints_expected_errors_on_one_line(main_error: Callable[..., str]) -> None:
+    assert "no-such-recipe" in main_error("train", "no-such-recipe")
+    assert "sizes=" in main_error("eval", "lstm-mnist", "--dim", 10**12)
+
+
+def test_bad_rule_files_are_named_on_one_line(
+    main_error: Callable[..., str], rule_file: Path
+) -> None:
+    whole = rule_file.read_bytes()
+    for content in (b"", b"junk\n" * 9, whole[:100], whole[:-100]):
+        rule_file.write_bytes(content)
+        assert str(rule_file) in main_error("eval", rule_file)
+    rule_file.unlink()
+    assert f"there is no rule file {rule_file}" in main_error("eval", rule_file)
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fastl2o._evaluate import (
     mean_std,
     pick_learning_rate,
     render_table,
+    threads,
     train_losses,
 )
 
@@ -174,6 +175,30 @@ def test_table_is_aligned() -> None:
 def test_impossible_settings_are_refused(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         setting(**changes)
+
+
+def test_a_sum_that_no_rate_can_change_is_refused() -> None:
+    task, one = meta.tasks.Quadratic(dim=3), setting(horizon=1)
+    with pytest.raises(ValueError, match="criterion 'sum' of horizon 1 is the loss before any"):
+        compare(task, {}, one)
+    assert compare(task, {"untuned": fastl2o.LSTMRule()}, one, hand_designed={}).rows
+    assert compare(task, {}, setting(horizon=1, criterion="final")).rows
+
+
+def test_the_table_says_what_its_columns_are() -> None:
+    rules = {"sgd": fastl2o.LSTMRule.as_sgd(0.1)}
+    text = compare(meta.tasks.Quadratic(dim=3), rules, setting(), hand_designed={}).table()
+    assert "sum of 4: the losses before each of the 4 steps; last 1: mean at the end" in text
+    assert "diverged: runs that went non-finite or ended above their first loss" in text
+
+
+@pytest.mark.parametrize("count", [0, 100_000])
+def test_impossible_numbers_of_threads_are_refused(count: int) -> None:
+    with (
+        pytest.raises(ValueError, match=rf"threads must be from 1 to \d+.*got {count}"),
+        threads(count),
+    ):
+        pass
 
 
 def test_nothing_to_compare_is_refused() -> None:

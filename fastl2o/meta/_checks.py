@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_choice", "check_num_runs", "check_number", "check_type"]
+__all__ = ["check_choice", "check_num_runs", "check_number", "check_seed", "check_type"]
 
 
 def check_type(name: str, value: object, accepted: Any, example: str) -> None:
@@ -19,6 +19,13 @@ def check_num_runs(num_runs: int) -> None:
     """Refuse a batch without runs, naming the argument."""
     if isinstance(num_runs, bool) or not isinstance(num_runs, int) or num_runs < 1:
         raise ValueError(f"num_runs must be an int of at least 1, got {num_runs!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that a generator would not take, or take for another one."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        kind = ValueError if type(seed) is int else TypeError
+        raise kind(f"seed must be an int of at least 0 and below 2**63, got {seed!r}")
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

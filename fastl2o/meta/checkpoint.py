@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHECKPOINT", "PREVIOUS", "CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT",
+    "PREVIOUS",
+    "CheckpointError",
+    "has_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
@@ -71,6 +78,11 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether there is a checkpoint in ``directory``, readable or not."""
+    return any((directory / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ._checks import check_number, check_type
+from ._checks import check_number, check_seed, check_type
 from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
 from ._log import TrainingLog
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -131,7 +131,7 @@ class MetaTrainer:
                 check_number(name, limit, minimum=0, exclusive=True)
         if average is not None:
             check_number("average", average, minimum=0, below=1)
-        check_number("seed", seed, minimum=0, integer=True)
+        check_seed(seed)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.horizon: Horizon = as_horizon(horizon)
         self.unroll = as_horizon(self.estimator.unroll if unroll is None else unroll, "unroll")
@@ -202,9 +202,7 @@ class MetaTrainer:
         """
         check_number("outer_steps", outer_steps, minimum=0, integer=True)
         begun = time.perf_counter()
-        if not self._started:
-            self._resume()
-            self._started = True
+        self.resume()
         meta_loss = math.nan
         with tqdm(
             total=max(outer_steps, self.outer_step),
@@ -369,8 +367,8 @@ class MetaTrainer:
         if different:
             raise ValueError(
                 f"the checkpoint is of another training ({'; '.join(different)}); "
-                "give the saved settings, or choose another checkpoint_dir (--out). A recipe's "
-                "schedule ends at its last outer step, so that number cannot be changed either"
+                "give the saved settings, or choose another checkpoint_dir (--out). A schedule "
+                "ends at a recipe's last outer step: with one, --outer-steps must stay as it was"
             )
         self.rule.load_state_dict(state["rule"])
         if self._averaged is not None:
@@ -385,8 +383,9 @@ class MetaTrainer:
         for name, value in state["counters"].items():
             setattr(self, name, value)
 
-    def _resume(self) -> None:
-        if self.checkpoint_dir is None:
+    def resume(self) -> None:
+        """Go on from the checkpoint in ``checkpoint_dir``, if there is one; ``fit`` does it too."""
+        if self._started or self.checkpoint_dir is None:
             return
         saved = load_checkpoint(self.checkpoint_dir)
         if saved is not None:
@@ -398,3 +397,4 @@ class MetaTrainer:
                     f"({error!r}); delete the directory to start over, or choose another"
                 ) from error
         self._log.open_at(self.outer_step)
+        self._started = True

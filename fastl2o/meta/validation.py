@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_number
+from ._checks import check_choice, check_number, check_seed
 from .unroll import run_window, start
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Validation:
         check_number("every", self.every, minimum=1, integer=True)
         check_number("runs", self.runs, minimum=1, integer=True)
         check_choice("metric", self.metric, ("sum", "final", "log"))
-        check_number("seed", self.seed, minimum=0, integer=True)
+        check_seed(self.seed)
         if self.horizon is not None:
             check_number("horizon", self.horizon, minimum=1, integer=True)
 
@@ -110,7 +110,7 @@ class Validation:
         chosen = list(self.tasks) if self.tasks is not None else [task.held_out() for task in tasks]
         total = 0.0
         for index, task in enumerate(chosen):
-            seed = _SEED_OFFSET + 1000 * self.seed + index
+            seed = (_SEED_OFFSET + 1000 * self.seed + index) % 2**63
             losses = run_losses(rule, task, runs=self.runs, horizon=horizon, seed=seed, dtype=dtype)
             total += self._metric(losses.double())
         score = total / len(chosen)

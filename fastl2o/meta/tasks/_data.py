@@ -97,10 +97,15 @@ def _load_digits() -> Images:
 @lru_cache(maxsize=2)
 def _load_mnist(path: str, _modified: int) -> Images:
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or a truncated one")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path!r} is not an .npz file of arrays: {error}; {_HOW}") from error
+        # numpy advises to allow pickles, which can run any code.
+        pickled = "it holds Python objects, which are never loaded"
+        reason = pickled if "pickle" in str(error) else error
+        raise ValueError(f"{path!r} is not an .npz file of arrays: {reason}; {_HOW}") from error
     keys = next((keys for keys in _KEYS if arrays.keys() >= set(keys)), None)
     if keys is None:
         raise ValueError(

@@ -178,7 +178,11 @@ class MLPClassification(Task):
         check_choice("activation", activation, tuple(_ACTIVATIONS))
         check_number("batch_size", batch_size, minimum=1, integer=True)
         if isinstance(init_scale, str):
-            check_choice("init_scale", init_scale, ("torch",))
+            if init_scale != "torch":
+                raise ValueError(
+                    "init_scale must be a finite number of at least 0, or 'torch' (nn.Linear's "
+                    f"initialisation); got {init_scale!r}"
+                )
         else:
             check_number("init_scale", init_scale, minimum=0)
         check_choice("split", split, _SPLITS)
