@@ -61,6 +61,7 @@ def from_sonnet(
     Raises:
         ValueError: names, shapes, values or options that fit neither layout; the message says what
             was expected.
+        TypeError: ``arrays`` is no dictionary, or ``forget_bias`` no number.
 
     Example:
         >>> H = 3
@@ -82,12 +83,23 @@ def from_sonnet(
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Invalid dtype: {dtype}; pass torch.float32 or torch.float64")
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"Invalid arrays: {type(arrays).__name__}; pass a dictionary of arrays by name"
+        )
+    if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
+        raise TypeError(f"Invalid forget_bias: {forget_bias!r}; pass a number, such as 1.0")
     source = _collect(arrays)
     is_rnnprop = any(name.startswith("input_projection/") for name in source)
     num_layers = _count_layers(source)
     _check_names(source, num_layers, is_rnnprop)
 
-    hidden_size = source["linear/w"].shape[0] if source["linear/w"].ndim == 2 else -1
+    hidden_size = source["linear/w"].shape[0] if source["linear/w"].ndim else 0
+    if hidden_size < 1 or source["linear/w"].shape != (hidden_size, 1):
+        raise ValueError(
+            "arrays['linear/w']: expected shape (H, 1) with the hidden size H of at least 1, got "
+            f"{source['linear/w'].shape}"
+        )
     if is_rnnprop:
         num_inputs = hidden_size
         _check_shape(source, "input_projection/w", (2, hidden_size))
@@ -95,18 +107,15 @@ def from_sonnet(
     elif num_layers == 0:
         num_inputs = hidden_size
     else:
-        num_inputs = (
-            source["lstm_1/w_gates"].shape[0] - hidden_size
-            if source["lstm_1/w_gates"].ndim == 2
-            else -1
-        )
+        if source["lstm_1/w_gates"].ndim != 2:
+            _check_shape(source, "lstm_1/w_gates", (2 + hidden_size, 4 * hidden_size))
+        num_inputs = source["lstm_1/w_gates"].shape[0] - hidden_size
     if not is_rnnprop and num_inputs not in (1, 2):
         raise ValueError(
             f"arrays: {'linear/w' if num_layers == 0 else 'lstm_1/w_gates'} and linear/w mean "
             f"{num_inputs} inputs a coordinate; expected 2 (log and sign features) or 1 (raw "
             "gradient)"
         )
-    _check_shape(source, "linear/w", (hidden_size, 1))
     _check_shape(source, "linear/b", (1,))
 
     state: dict[str, Tensor] = {}
@@ -136,6 +145,12 @@ def from_sonnet(
                 eps=eps,
                 output_scale=output_scale,
             )
+    beyond = [name for name, value in state.items() if not bool(value.isfinite().all())]
+    if beyond:
+        raise ValueError(
+            f"arrays: {', '.join(beyond)} of the rule would hold NaN or Inf in {dtype}; pass other "
+            "weights, a finite forget_bias, or dtype=torch.float64"
+        )
     rule.load_state_dict(state, assign=True)
     return rule
 
@@ -147,7 +162,10 @@ def _collect(arrays: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         if isinstance(value, Mapping):
             source |= _collect({f"{name}/{key}": leaf for key, leaf in value.items()})
             continue
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"arrays[{name!r}]: is no array of numbers ({error})") from error
         if array.dtype.kind not in "fiu":
             raise ValueError(f"arrays[{name!r}]: expected numbers, got dtype {array.dtype}")
         array = array.astype(np.float64)

@@ -173,8 +173,12 @@ BAD_ARRAYS: dict[str, tuple[Arrays, str]] = {
     "half-a-projection": (with_array("input_projection/w", np.zeros((2, 5))), "input_projection/b"),
     "transposed": (with_array("lstm_2/w_gates", np.zeros((20, 10))), r"expected shape \(10, 20\)"),
     "short-bias": (with_array("lstm_1/b_gates", np.zeros(19)), r"expected shape \(20,\)"),
-    "wide-readout": (with_array("linear/w", np.zeros((5, 2))), r"expected shape \(5, 1\)"),
-    "flat-readout": (with_array("linear/w", np.zeros(5)), "linear/w"),
+    "wide-readout": (with_array("linear/w", np.zeros((5, 2))), r"expected shape \(H, 1\)"),
+    "flat-readout": (with_array("linear/w", np.zeros(5)), r"shape \(H, 1\).*got \(5,\)"),
+    "empty-readout": (with_array("linear/w", np.zeros((0, 1))), r"H of at least 1, got \(0, 1\)"),
+    "flat-layer": (with_array("lstm_1/w_gates", np.zeros(7)), r"expected shape \(7, 20\)"),
+    "ragged": (with_array("linear/b", [[1], [2, 3]]), r"arrays\['linear/b'\]: is no array"),
+    "huge": (with_array("linear/b", np.array([1e300])), "readout.bias of the rule would hold NaN"),
     "no-readout-bias": (with_array("linear/b", np.zeros(0)), r"arrays\['linear/b'\]"),
     "three-inputs": (with_array("lstm_1/w_gates", np.zeros((8, 20))), "mean 3 inputs a coordinate"),
     "three-projected-inputs": (
@@ -207,3 +211,17 @@ def test_bad_arrays_are_named(arrays: Arrays, message: str) -> None:
 def test_bad_options_are_named(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Invalid {option}"):
         from_sonnet(sonnet_arrays(2, 2), **{option: value})
+
+
+def test_other_things_than_arrays_are_refused() -> None:
+    with pytest.raises(TypeError, match="Invalid arrays: list; pass a dictionary"):
+        from_sonnet([np.zeros(3)])
+    with pytest.raises(TypeError, match="Invalid forget_bias: '1'"):
+        from_sonnet(sonnet_arrays(2, 2), forget_bias="1")
+
+
+def test_torch_parameters_are_taken_as_arrays() -> None:
+    arrays = sonnet_arrays(2, 2)
+    parameters = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in arrays.items()}
+    rules = [from_sonnet(source) for source in (arrays, parameters)]
+    assert torch.equal(*(rule.flat_parameters() for rule in rules))

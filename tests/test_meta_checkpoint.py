@@ -10,12 +10,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastl2o import meta
-from fastl2o.meta.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint
+from fastl2o.meta.checkpoint import (
+    CHECKPOINT,
+    PREVIOUS,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests import meta_child
 from tests.test_meta_trainer import ROOT, assert_same_bits, small_rule, small_trainer
 
@@ -138,3 +145,29 @@ def test_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"version": 1, "fingerprint": "{"}, tmp_path / CHECKPOINT)
     with pytest.raises(meta.CheckpointError, match="not one of a MetaTrainer"):
         small_trainer(checkpoint_dir=tmp_path).fit(1)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"rule": {}}])
+def test_other_things_are_no_training_state(state: Any) -> None:
+    with pytest.raises(TypeError, match="not of a MetaTrainer: give what its state_dict"):
+        small_trainer().load_state_dict(state)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"model": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"checkpoint in .* is not one of a MetaTrainer"):
+        small_trainer(checkpoint_dir=tmp_path).fit(1)
+
+
+def test_a_file_is_no_checkpoint_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"checkpoint_dir .* is no folder"):
+        small_trainer(checkpoint_dir=tmp_path / "file").fit(1)
+
+
+def test_resume_loads_ahead_of_fit(tmp_path: Path) -> None:
+    small_trainer(checkpoint_dir=tmp_path).fit(2)
+    trainer = small_trainer(checkpoint_dir=tmp_path)
+    trainer.resume()
+    assert trainer.outer_step == 2
+    assert trainer.fit(3).outer_steps == 3

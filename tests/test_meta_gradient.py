@@ -253,6 +253,24 @@ def test_unroll_gradient_names_the_parameters_and_leaves_the_rule_alone() -> Non
     assert torch.equal(run.params, start_params)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "lstm-mnist"}, "rule must be of type Rule"),
+        ({"task_run": Quadratic(dim=3)}, "task_run must be of type TaskRun, such as task.sample"),
+        ({"estimator": 5}, "estimator must be of type TruncatedBPTT"),
+        ({"steps": 0}, "steps must be an int of at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number"),
+    ],
+)
+def test_unroll_gradient_names_impossible_arguments(options: dict[str, Any], message: str) -> None:
+    run = Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+    arguments = {"rule": fastl2o.LSTMRule(2, 1), "task_run": run, "steps": 2, **options}
+    with pytest.raises((ValueError, TypeError), match=message):
+        meta.unroll_gradient(**arguments)
+
+
 def test_estimator_refuses_impossible_arguments() -> None:
     for arguments, message in (
         ({"unroll": 0}, "unroll must be"),

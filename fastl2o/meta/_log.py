@@ -50,7 +50,13 @@ class TrainingLog:
                 # A kill can leave a row that is cut off.
                 whole = (row for row in reader if len(row) == len(_COLUMNS) and row[0].isdigit())
                 rows = [row for row in whole if int(row[0]) <= outer_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint_dir {str(self.path.parent)!r} is no folder and cannot be made one "
+                f"({error.strerror}); choose another"
+            ) from error
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ._checks import check_choice, check_number
+from ..rules import Rule
+from ._checks import check_choice, check_number, check_type
+from .tasks import TaskRun
 from .unroll import Progress, run_window, start
-
-if TYPE_CHECKING:
-    from ..rules import Rule
-    from .tasks import TaskRun
 
 __all__ = ["MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
@@ -215,6 +213,9 @@ def unroll_gradient(
     Returns:
         The gradient by parameter name, and the losses ``(T + 1, R)`` at theta_0 .. theta_T.
 
+    Raises:
+        TypeError, ValueError: an argument of another kind, or an impossible number.
+
     Example:
         >>> import fastl2o
         >>> from fastl2o import meta
@@ -224,6 +225,12 @@ def unroll_gradient(
         >>> sorted(grads) == sorted(name for name, _ in rule.named_parameters()), losses.shape
         (True, torch.Size([6, 2]))
     """
+    check_type("rule", rule, Rule, "fastl2o.LSTMRule()")
+    check_type("task_run", task_run, TaskRun, "task.sample(num_runs, generator)")
+    check_number("steps", steps, minimum=1, integer=True)
     estimator = TruncatedBPTT(steps) if estimator is None else estimator
+    check_type("estimator", estimator, TruncatedBPTT, "TruncatedBPTT(unroll=20)")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        check_number(name, value, minimum=0)
     result = estimator.window(rule, start(rule, task_run), steps, lr=lr, weight_decay=weight_decay)
     return rule.unflatten(result.gradient), result.losses

@@ -8,13 +8,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..rules import Rule, from_config
 from ._checks import check_number, check_seed, check_type
 from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
 from ._log import TrainingLog
@@ -25,9 +26,6 @@ from .optimizers import settings, twin
 from .schedules import Horizon, LRSchedule, as_horizon, longest
 from .tasks import Task
 from .validation import Validation
-
-if TYPE_CHECKING:
-    from ..rules import Rule
 
 __all__ = ["FitResult", "MetaTrainer"]
 
@@ -121,7 +119,7 @@ class MetaTrainer:
         checkpoint_every: int = 500,
         progress: bool | None = None,
     ) -> None:
-        check_type("rule", rule, nn.Module, "fastl2o.LSTMRule()")
+        check_type("rule", rule, Rule, "fastl2o.LSTMRule()")
         self.rule, self.tasks = rule, check_tasks(tasks)
         counts = {"runs": runs, "groups": groups, "checkpoint_every": checkpoint_every}
         for name, count in counts.items():
@@ -133,6 +131,7 @@ class MetaTrainer:
             check_number("average", average, minimum=0, below=1)
         check_seed(seed)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
+        check_type("estimator", self.estimator, TruncatedBPTT, "TruncatedBPTT(unroll=20)")
         self.horizon: Horizon = as_horizon(horizon)
         self.unroll = as_horizon(self.estimator.unroll if unroll is None else unroll, "unroll")
         if optimizer is None:
@@ -176,8 +175,6 @@ class MetaTrainer:
 
         With ``average``, of the averaged rule.
         """
-        from ..rules import from_config
-
         best = from_config(self.rule.family, self.rule.config()).to(self._dtype)
         best.load_state_dict(
             self._candidate.state_dict() if self._best_parameters is None else self._best_parameters
@@ -187,7 +184,7 @@ class MetaTrainer:
     @property
     def _candidate(self) -> Rule:
         """What is validated: the average of the rule where one is kept, or else the rule."""
-        return self.rule if self._averaged is None else cast("Rule", self._averaged.module)
+        return self.rule if self._averaged is None else cast(Rule, self._averaged.module)
 
     def fit(self, outer_steps: int) -> FitResult:
         """Train until ``outer_steps`` outer steps are done, counted from the start of training.
@@ -357,7 +354,10 @@ class MetaTrainer:
 
         Raises:
             ValueError: if it was another training; the message lists what differs.
+            TypeError: if it is no state of a training.
         """
+        if not isinstance(state, dict) or "fingerprint" not in state:
+            raise TypeError("state is not of a MetaTrainer: give what its state_dict() returned")
         ours, theirs = json.loads(json.dumps(self.fingerprint())), json.loads(state["fingerprint"])
         different = [
             f"{key}: here {ours.get(key)!r}, saved {theirs.get(key)!r}"
