@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from fastl2o.meta.checkpoint import (
     PREVIOUS,
     CheckpointError,
     load_checkpoint,
-    save_checkpoint,
 )
 from tests import meta_child
 from tests.test_meta_trainer import ROOT, assert_same_bits, small_rule, small_trainer
@@ -153,10 +153,13 @@ def test_other_things_are_no_training_state(state: Any) -> None:
         small_trainer().load_state_dict(state)
 
 
-def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, {"model": torch.ones(2)})
-    with pytest.raises(CheckpointError, match=r"checkpoint in .* is not one of a MetaTrainer"):
-        small_trainer(checkpoint_dir=tmp_path).fit(1)
+def test_nobody_is_told_to_unpickle_a_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_text("no checkpoint")
+    torch.save({"version": 1, "half": Fraction(1, 2)}, tmp_path / PREVIOUS)
+    with pytest.raises(CheckpointError, match="can be read") as caught:
+        load_checkpoint(tmp_path)
+    assert str(caught.value).count("it is damaged, or holds what no checkpoint does") == 2
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_file_is_no_checkpoint_dir(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             continue
         try:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            # torch's message advises to load it without weights_only, which can run any code.
+            problems.append(f"{str(path)!r}: it is damaged, or holds what no checkpoint does")
+            continue
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             problems.append(f"{str(path)!r}: {reason}")
