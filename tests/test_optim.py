@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def test_doctests_of_the_public_classes() -> None:
     assert doctest.testmod(optim, raise_on_error=True).attempted == 8
-    assert doctest.testmod(drop_ins, raise_on_error=True).attempted == 12
+    assert doctest.testmod(drop_ins, raise_on_error=True).attempted == 18
 
 
 @by_case
