@@ -59,6 +59,11 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t a
   }
 }
 
+__device__ __forceinline__ bool is_finite(const void* data, DType dtype, int64_t at) {
+  if (dtype == DType::f64) return isfinite(static_cast<const double*>(data)[at]);
+  return isfinite(load_element(data, dtype, at));
+}
+
 // `random`: its lower 16 bits. NaN and infinity stay.
 __device__ __forceinline__ bf16 round_stochastically(float value, uint32_t random) {
   const uint32_t bits = __float_as_uint(value);

@@ -13,11 +13,6 @@ namespace {
 
 constexpr int kScanThreads = 384;
 
-__device__ __forceinline__ bool is_finite(const void* data, DType dtype, int64_t at) {
-  if (dtype == DType::f64) return isfinite(static_cast<const double*>(data)[at]);
-  return isfinite(load_element(data, dtype, at));
-}
-
 // Sets the flag of every tensor of the table whose gradient holds NaN or Inf, and `any`.
 __global__ void __launch_bounds__(kScanThreads)
     scan_kernel(const __grid_constant__ StepArgs args, int* flags, int* any) {

@@ -20,14 +20,14 @@ struct HierarchicalConfig {
   int global_size = 20;
   int num_scales = 4;
 
-  int num_features() const { return 3 * num_scales; }
+  constexpr int num_features() const { return 3 * num_scales; }
   // h, averages, squares, log rate.
-  int state_planes() const { return param_size + 2 * num_scales + 1; }
-  int averages_plane() const { return param_size; }
-  int squares_plane() const { return param_size + num_scales; }
-  int log_rate_plane() const { return param_size + 2 * num_scales; }
+  constexpr int state_planes() const { return param_size + 2 * num_scales + 1; }
+  constexpr int averages_plane() const { return param_size; }
+  constexpr int squares_plane() const { return param_size + num_scales; }
+  constexpr int log_rate_plane() const { return param_size + 2 * num_scales; }
   // Of a tensor: the new h and the features, the squared direction, the new log rate.
-  int num_sums() const { return param_size + num_features() + 2; }
+  constexpr int num_sums() const { return param_size + num_features() + 2; }
 };
 
 // Offsets of one GRU: gates r, u (2H, in + H) and bias, candidate (H, in + H) and bias.
@@ -48,7 +48,7 @@ struct HierarchicalLayout {
   int64_t rate_momentum = 0, log_rate_offset = 0;
   int64_t total = 0;
 
-  explicit HierarchicalLayout(const HierarchicalConfig& c) {
+  constexpr explicit HierarchicalLayout(const HierarchicalConfig& c) {
     int64_t at = 0;
     auto take = [&at](int64_t count) {
       const int64_t start = at;

@@ -1,0 +1,137 @@
+// The hierarchical rule's in-place step: launches on the caller's stream, no allocation, no
+// synchronisation, so it can be captured into a graph.
+#include <cuda_runtime.h>
+
+#include "hierarchical.h"
+#include "hierarchical_levels.cuh"
+#include "hierarchical_plan.h"
+#include "hierarchical_sweep.cuh"
+
+namespace fastl2o::cuda {
+namespace {
+
+constexpr int kProblemThreads = 512;
+constexpr int kApplyBlocks = 4;  // a multiprocessor
+
+// Entries on their way to the list.
+__global__ void hierarchical_send_kernel(const __grid_constant__ HierarchicalArgs args) {
+  constexpr int words = sizeof(HierarchicalEntry) / sizeof(uint64_t);
+  const auto* from = reinterpret_cast<const uint64_t*>(args.table);
+  auto* to = reinterpret_cast<uint64_t*>(args.list + args.first);
+  for (int i = threadIdx.x; i < args.count * words; i += blockDim.x) to[i] = from[i];
+}
+
+// Sets the flag of every tensor whose gradient holds NaN or Inf, and `any`.
+__global__ void __launch_bounds__(kLevelThreads)
+    hierarchical_scan_kernel(const __grid_constant__ HierarchicalArgs args, int* flags, int* any) {
+  if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
+  const DType dtype = DType(args.param_dtype);
+  for_chunks(args, blockIdx.x, gridDim.x, [&](int, int index, int chunk) {
+    const HierarchicalEntry& entry = entries_of(args)[index];
+    const Span span(entry, chunk);
+    bool finite = true;
+#pragma unroll 8
+    for (int at = threadIdx.x % 32; at < span.size; at += 32)
+      finite &= is_finite(entry.grad, dtype, span.first + at);
+    if (!finite) flags[entry.index] = *any = 1;  // whoever else writes here writes the same
+  });
+}
+
+// What each problem's tensors share, where a warp of the sweep cannot look at all tensors itself.
+__global__ void __launch_bounds__(kProblemThreads)
+    hierarchical_problems_kernel(const __grid_constant__ HierarchicalArgs args) {
+  __shared__ RateSum sums[kProblemThreads / 32];
+  if (rests(args)) return;
+  const HierarchicalEntry* const entries = entries_of(args);
+  const int problem = blockIdx.x, lane = threadIdx.x % 32;
+  const Range range = problem_entries(args, problem);
+  RateSum sum;
+  for (int i = range.first + int(threadIdx.x); i < range.last; i += kProblemThreads)
+    sum.add(args, entries[i]);
+  sum.add_lanes();
+  if (lane == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = lane < kProblemThreads / 32 ? sums[lane] : RateSum{};
+  sum.add_lanes();
+  args.problem_values[int64_t(problem) * 32 + lane] = problem_value(args, problem, lane, sum);
+}
+
+class Launcher {
+ public:
+  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
+    int device = 0;
+    note(cudaGetDevice(&device));
+    if (ok())
+      note(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
+  }
+
+  bool ok() const { return error_ == cudaSuccess; }
+  void note(cudaError_t error) {
+    if (ok()) error_ = error;
+  }
+  cudaError_t error() const { return error_; }
+  cudaStream_t stream() const { return stream_; }
+
+  // At most `blocks` a multiprocessor.
+  int grid(int64_t units, int blocks) const {
+    return int(std::clamp<int64_t>(units, 1, int64_t(blocks) * multiprocessors_));
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t grid, int threads,
+                  const Arguments&... arguments) {
+    if (!ok()) return;
+    kernel<<<unsigned(grid), threads, 0, stream_>>>(arguments...);
+    note(cudaGetLastError());
+  }
+
+ private:
+  cudaStream_t stream_;
+  int multiprocessors_ = 0;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace
+
+bool supported(const HierarchicalConfig& config) {
+  return config.param_size == kUnits && config.num_scales == kScales &&
+         config.tensor_size == kTensorUnits && config.global_size == kGlobalUnits;
+}
+
+int64_t hierarchical_workspace_bytes(const HierarchicalTensor* tensors, int64_t count,
+                                     int64_t problems) {
+  return HierarchicalPlan(tensors, count, problems).workspace_bytes();
+}
+
+int hierarchical_step(const float* meta, const HierarchicalTensor* tensors, int64_t count,
+                      float* global_states, int64_t problems, const HierarchicalOptions& options,
+                      void* workspace, void* stream) {
+  Launcher launch(stream);
+  if (options.nonfinite != 0 && launch.ok())
+    launch.note(cudaMemsetAsync(options.nonfinite_flags, 0, size_t(count + 1) * sizeof(int),
+                                launch.stream()));
+  const HierarchicalPlan plan(tensors, count, problems);
+  if (!plan.fits()) return cudaErrorInvalidValue;
+  if (plan.empty()) return launch.error();
+  HierarchicalArgs args = plan.args(meta, global_states, count, options, workspace);
+  if (plan.listed())
+    for (int64_t first = 0; first < plan.entries(); first += kEntries) {
+      plan.send(first, args);
+      launch(hierarchical_send_kernel, 1, kLevelThreads, args);
+    }
+  const int64_t units = (int64_t(args.chunks) + kLevelThreads / 32 - 1) / (kLevelThreads / 32);
+  if (options.nonfinite != 0)
+    launch(hierarchical_scan_kernel, launch.grid(units, kApplyBlocks), kLevelThreads, args,
+           options.nonfinite_flags, options.nonfinite_flags + count);
+  if (plan.listed()) launch(hierarchical_problems_kernel, problems, kProblemThreads, args);
+  const auto sweep = options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float>
+                                                        : hierarchical_sweep_kernel<bf16>;
+  launch(sweep, launch.grid(args.chunks, kSweepBlocks), kSweepThreads, args);
+  launch(hierarchical_tensors_kernel, launch.grid(args.entries, kApplyBlocks), kLevelThreads, args);
+  launch(hierarchical_apply_kernel, problems + launch.grid(units, kApplyBlocks), kLevelThreads,
+         args);
+  return launch.error();
+}
+
+}  // namespace fastl2o::cuda

@@ -1,0 +1,48 @@
+// The torch-free host API of the hierarchical rule's CUDA kernels, as kernels.h is of the other
+// rules': functions launch on `stream` and return a cudaError_t as int.
+#pragma once
+
+#include <cstdint>
+
+#include "hierarchical_config.h"
+#include "kernel_args.h"
+
+namespace fastl2o::cuda {
+
+// One tensor of the optimizer: contiguous, `numel` coordinates.
+struct HierarchicalTensor {
+  void* param;   // param_dtype, read and written
+  void* grad;    // param_dtype, read; written back unscaled when there is a grad scale
+  void* planes;  // planes_dtype, (state_planes, numel), read and written
+  float* state;  // the tensor GRU's (tensor_size) and last the mean of its log rates
+  float* step;   // steps already taken, incremented
+  int64_t numel;
+  int64_t problem;  // row of the global states
+  double lr;
+  double weight_decay;
+};
+
+struct HierarchicalOptions {
+  bool maximize = false;
+  int nonfinite = 0;  // 0 pass, 1 skip, 2 raise
+  DType param_dtype = DType::f32;
+  DType planes_dtype = DType::f32;  // f32 or bf16
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+  // As StepOptions::nonfinite_flags.
+  int* nonfinite_flags = nullptr;
+};
+
+// Whether the CUDA kernels take these sizes; Triton takes the others.
+bool supported(const HierarchicalConfig& config);
+
+// Of the workspace of a step, which need not be kept between steps.
+int64_t hierarchical_workspace_bytes(const HierarchicalTensor* tensors, int64_t count,
+                                     int64_t problems);
+
+// global_states: (problems, global_size), read and written. `workspace`: 16-byte aligned.
+int hierarchical_step(const float* meta, const HierarchicalTensor* tensors, int64_t count,
+                      float* global_states, int64_t problems, const HierarchicalOptions& options,
+                      void* workspace, void* stream);
+
+}  // namespace fastl2o::cuda

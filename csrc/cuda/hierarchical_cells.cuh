@@ -1,0 +1,54 @@
+// Elementary functions of the hierarchical rule on the device, as accurate as those of cells.cuh.
+#pragma once
+
+#include "cells.cuh"
+
+namespace fastl2o::cuda {
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float root_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+inline constexpr float kLn2 = 0.693147181f;
+
+// log(|x| + sqrt(1 + x^2)) cancels near zero only as a logarithm of about 1: there an odd minimax
+// polynomial, relative error 2.9e-8.
+__device__ __forceinline__ float asinh_accurate(float x) {
+  const float s = x * x;
+  const float far = kLn2 * log2_approx(fabsf(x) + root_approx(1.0f + s));
+  float series = fmaf(s, 0.020121985275700225f, -0.04269933265471015f);
+  series = fmaf(series, s, 0.07484758497844636f);
+  series = fmaf(series, s, -0.1666628812982101f);
+  const float near = fmaf(x * s, series, x);
+  return fabsf(x) < 0.5f ? near : copysignf(far, x);
+}
+
+// x = 2^exponent mantissa with the mantissa in sqrt(1/2) .. sqrt(2), where the logarithm's absolute
+// error is least; for x normal, Inf or NaN.
+__device__ __forceinline__ void split_float(float x, int& exponent, float& mantissa) {
+  const int bits = __float_as_int(x);
+  exponent = (bits - 0x3f3504f3) >> 23;
+  mantissa = __int_as_float(bits - (exponent << 23));
+}
+
+// The rounding of x log2(e) is made up for: x may be as large as 34.
+__device__ __forceinline__ float exp_accurate(float x) {
+  const float high = x * kLog2E;
+  const float low = fmaf(x, kLog2E, -high) + x * 1.92596303e-8f;
+  const float y = exp2_approx(high);
+  return fmaf(y, kLn2 * low, y);
+}
+
+}  // namespace fastl2o::cuda

@@ -1,0 +1,150 @@
+"""Runs the PTX of csrc/cuda/hierarchical.cu through ptxemu as the host code would launch it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2o.rules.hierarchical import HierarchicalRule
+from tests import cuda_step
+from tests.hierarchical_cpu import Problem
+
+SWEEP_THREADS, LEVEL_THREADS, PROBLEM_THREADS = 128, 256, 512
+MOST_LAUNCHES = 8
+SWEEPS = {torch.float32: "sweep_kernelIfE", torch.bfloat16: "sweep_kernelItE"}
+KERNELS = (
+    *SWEEPS.values(),
+    *(f"hierarchical_{name}_kernel" for name in ("tensors", "apply", "scan", "send", "problems")),
+)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("param", "grad", "planes", "state", "step")),
+        ("numel", ctypes.c_int64),
+        ("problem", ctypes.c_int64),
+        ("lr", ctypes.c_double),
+        ("weight_decay", ctypes.c_double),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("maximize", "nonfinite", "param_dtype")] + [
+        (name, ctypes.c_uint64) for name in ("grad_scale", "found_inf", "flags")
+    ]
+
+
+class Result(NamedTuple):
+    """The nonfinite flags, and the counts of every launch by the kernel's name."""
+
+    flags: list[int]
+    launches: list[tuple[str, Any]]
+
+    def counts(self, part: str) -> Any:
+        """Of the one launch whose kernel's name holds `part`."""
+        (found,) = (counts for name, counts in self.launches if part in name)
+        return found
+
+
+@functools.cache
+def module(architecture: int = 80) -> Any:
+    """The kernels, compiled for a compute capability times ten."""
+    return cuda_step.compile_kernels("hierarchical.cu", architecture)
+
+
+@functools.cache
+def host() -> ctypes.CDLL:
+    """The host's planning of a step."""
+    library = cuda_step.compile_host("cuda_hierarchical_plan.cpp")
+    for name in ("workspace_bytes", "chunks_of", "chunk_of"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+def table(
+    problem: Problem, problems: Sequence[int], lr: Sequence[float], weight_decay: Sequence[float]
+) -> Any:
+    """The tensors of a call as the host API takes them."""
+    entries = (_Tensor * max(1, len(problem.params)))()
+    lists = (problem.params, problem.grads, problem.planes, problem.states, problem.steps)
+    for i, (entry, *parts) in enumerate(zip(entries, *lists, strict=False)):
+        addresses = map(cuda_step.address, parts)
+        entry.param, entry.grad, entry.planes, entry.state, entry.step = addresses
+        entry.numel, entry.problem = parts[0].numel(), problems[i] if problems else 0
+        entry.lr, entry.weight_decay = lr[i], weight_decay[i]
+    return entries
+
+
+def step_(
+    rule: HierarchicalRule,
+    problem: Problem,
+    *,
+    problems: Sequence[int] = (),
+    lr: Sequence[float] | None = None,
+    weight_decay: Sequence[float] | None = None,
+    maximize: bool = False,
+    nonfinite: int = 0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grid: int = 2,
+    architecture: int = 80,
+    **options: Any,
+) -> Result:
+    """The in-place step, launched as `hierarchical_step` does; its workspace starts as NaN."""
+    count = len(problem.params)
+    meta = rule.flat_parameters().detach().float().contiguous()
+    tensors = table(problem, problems, lr or [1.0] * count, weight_decay or [0.0] * count)
+    rows = problem.hidden.shape[0]
+    bytes_needed = host().workspace_bytes(tensors, ctypes.c_int64(count), ctypes.c_int64(rows))
+    workspace = torch.full((bytes_needed // 4,), torch.nan)
+    flags = torch.zeros(count + 1, dtype=torch.int32)
+    given = _Options(
+        maximize,
+        nonfinite,
+        cuda_step.DTYPES[problem.params[0].dtype],
+        cuda_step.address(grad_scale),
+        cuda_step.address(found_inf),
+        cuda_step.address(flags),
+    )
+    size = host().args_bytes()
+    out, sizes = ctypes.create_string_buffer(size * MOST_LAUNCHES), (ctypes.c_int64 * 3)()
+    made = host().plan(
+        tensors,
+        ctypes.c_int64(count),
+        ctypes.c_int64(rows),
+        ctypes.c_uint64(cuda_step.address(meta)),
+        ctypes.c_uint64(cuda_step.address(problem.hidden)),
+        ctypes.byref(given),
+        ctypes.c_uint64(cuda_step.address(workspace)),
+        MOST_LAUNCHES,
+        out,
+        sizes,
+    )
+    assert made < MOST_LAUNCHES
+    each = [out.raw[size * i : size * (i + 1)] for i in range(made)]
+    launches: list[tuple[str, Any]] = []
+
+    def launch(kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
+        counts = module(architecture).launch(
+            kernel, grid=blocks, block=threads, args=[*arguments], **options
+        )
+        launches.append((kernel, counts))
+
+    if sizes[0] > 0:
+        for raw in each[1:]:
+            launch("hierarchical_send_kernel", 1, LEVEL_THREADS, raw)
+        args = each[-1]
+        if nonfinite:
+            launch("hierarchical_scan_kernel", grid, LEVEL_THREADS, args, flags, flags[count:])
+        if sizes[2]:
+            launch("hierarchical_problems_kernel", rows, PROBLEM_THREADS, args)
+        launch(SWEEPS[problem.planes[0].dtype], grid, SWEEP_THREADS, args)
+        launch("hierarchical_tensors_kernel", grid, LEVEL_THREADS, args)
+        launch("hierarchical_apply_kernel", rows + grid, LEVEL_THREADS, args)
+    cuda_step.emulator().free_all()
+    return Result(flags.tolist(), launches)
