@@ -127,7 +127,10 @@ int hierarchical_step(const float* meta, const HierarchicalTensor* tensors, int6
   if (plan.listed()) launch(hierarchical_problems_kernel, problems, kProblemThreads, args);
   const auto sweep = options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float>
                                                         : hierarchical_sweep_kernel<bf16>;
-  launch(sweep, launch.grid(args.chunks, kSweepBlocks), kSweepThreads, args);
+  int blocks = 1;
+  if (launch.ok())
+    launch.note(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, sweep, kSweepThreads, 0));
+  launch(sweep, launch.grid(args.chunks, blocks), kSweepThreads, args);
   launch(hierarchical_tensors_kernel, launch.grid(args.entries, kApplyBlocks), kLevelThreads, args);
   launch(hierarchical_apply_kernel, problems + launch.grid(units, kApplyBlocks), kLevelThreads,
          args);

@@ -65,11 +65,11 @@ struct HierarchicalArgs {
   int* flags;  // of the caller's tensors: the gradient holds NaN or Inf; or null
   int* any;    // whether one of them is set; then all are left alone. Or null
   // The workspace.
-  float* raw;          // steps before they are normalised
-  float* sums;         // (chunks, kSums)
-  float* inverse_rms;  // of each entry
-  float* states;       // of each entry, the new tensor state (kTensorUnits)
-  float* problem_values;  // (problems, 32), see hierarchical_tables.cuh; or null
+  float* raw;               // steps before they are normalised
+  float* sums;              // (chunks, kSums)
+  float* inverse_rms;       // of each entry
+  float* states;            // of each entry, the new tensor state (kTensorUnits)
+  float* problem_values;    // (problems, 32), see hierarchical_tables.cuh; or null
   HierarchicalEntry* list;  // all entries where they do not fit below, else null
 
   int32_t entries, chunks, problems;

@@ -147,6 +147,7 @@ __device__ __forceinline__ void apply_chunk(const HierarchicalArgs& args, int in
   if (skipped(args, entry)) return;
   const Span span(entry, chunk);
   const DType dtype = DType(args.param_dtype);
+  void* const param = in_global_memory(entry.param);
   const float inverse_rms = args.inverse_rms[index];
   const float* const raw = args.raw + kRawUnit * int64_t(entry.first_raw) + span.first;
   for (int first = threadIdx.x % 32; first < span.size; first += 32 * together) {
@@ -157,10 +158,10 @@ __device__ __forceinline__ void apply_chunk(const HierarchicalArgs& args, int in
       update[j] = at < span.size ? -inverse_rms * raw[at] : 0.0f;
     }
     if (dtype == DType::f64) {
-      double* const param = static_cast<double*>(entry.param) + span.first;
+      double* const theta = static_cast<double*>(param) + span.first;
       for (int j = 0; j < together; ++j) {
         const int at = first + 32 * j;
-        if (at < span.size) param[at] = entry.keep * param[at] + entry.lr * double(update[j]);
+        if (at < span.size) theta[at] = entry.keep * theta[at] + entry.lr * double(update[j]);
       }
       continue;
     }
@@ -169,13 +170,13 @@ __device__ __forceinline__ void apply_chunk(const HierarchicalArgs& args, int in
 #pragma unroll
     for (int j = 0; j < together; ++j) {
       const int at = first + 32 * j;
-      theta[j] = at < span.size ? load_element(entry.param, dtype, span.first + at) : 0.0f;
+      theta[j] = at < span.size ? load_element(param, dtype, span.first + at) : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < together; ++j) {
       const int at = first + 32 * j;
       if (at < span.size)
-        store_element(entry.param, dtype, span.first + at, fmaf(keep, theta[j], lr * update[j]));
+        store_element(param, dtype, span.first + at, fmaf(keep, theta[j], lr * update[j]));
     }
   }
 }

@@ -7,14 +7,16 @@
 
 #include "hierarchical_cells.cuh"
 #include "hierarchical_tables.cuh"
+#include "step_layout.h"
 
 namespace fastl2o::cuda {
 
 inline constexpr int kPer = 2;
 inline constexpr int kSweepTile = 32 * kPer;
 inline constexpr int kSweepThreads = 128;
-inline constexpr int kSweepBlocks = 3;  // a multiprocessor: as many as 128 registers allow
-inline constexpr int kSumTiles = 16;    // whose sums a lane adds before lanes are added up
+// A multiprocessor, which has 65,536 registers: 128 a thread spill from compute capability 9.0 on.
+inline constexpr int kSweepBlocks = kDeviceMajor < 9 ? 4 : 3;
+inline constexpr int kSumTiles = 16;  // whose sums a lane adds before lanes are added up
 inline constexpr int kSumStride = 33;
 inline constexpr int kMeanLogRate = 30, kFirstStep = 31;  // in a row of biases
 inline constexpr int kColumns = kInputs + kUnits;
@@ -67,23 +69,37 @@ using Values = float[kPer];
 template <typename State>
 struct SweepTile {
   const HierarchicalArgs& args;
-  const HierarchicalEntry& entry;
   const SweepShared& shared;
   const float* bias;
-  float* sums;  // the lane's, kSumStride apart
-  int64_t at;   // the lane's first coordinate
-  int count;    // of the tile's coordinates from there on; may be negative
+  float* sums;    // the lane's, kSumStride apart
+  State* planes;  // at the lane's first coordinate
+  void* grad;
+  float* raw;         // as `planes`
+  int64_t numel, at;  // the lane's first coordinate
+  int count;          // of the chunk's coordinates from there on; may be negative
+
+  __device__ __forceinline__ SweepTile(const HierarchicalArgs& args_,
+                                       const HierarchicalEntry& entry, SweepShared& shared_,
+                                       int64_t at_, int count_)
+      : args(args_),
+        shared(shared_),
+        bias(shared_.biases[threadIdx.x / 32]),
+        sums(&shared_.sums[threadIdx.x / 32][0][threadIdx.x % 32]),
+        planes(in_global_memory(static_cast<State*>(entry.planes)) + at_),
+        grad(in_global_memory(entry.grad)),
+        raw(args_.raw + kRawUnit * int64_t(entry.first_raw) + at_),
+        numel(entry.numel),
+        at(at_),
+        count(count_) {}
 
   __device__ __forceinline__ bool inside(int j) const { return 32 * j < count; }
 
-  __device__ __forceinline__ State* plane(int number) const {
-    return in_global_memory(static_cast<State*>(entry.planes)) + number * entry.numel + at;
-  }
+  __device__ __forceinline__ State* plane(int number) const { return planes + number * numel; }
   // Reads or writes the coordinates of a plane and moves on to the next one.
   __device__ __forceinline__ void read(State*& from, Values& out) const {
 #pragma unroll
     for (int j = 0; j < kPer; ++j) out[j] = inside(j) ? to_float(from[32 * j]) : 0.0f;
-    from += entry.numel;
+    from += numel;
   }
   __device__ __forceinline__ void write(State*& to, const Values& in) const {
 #pragma unroll
@@ -91,19 +107,19 @@ struct SweepTile {
       if (inside(j)) store_one(to, 32 * j, in[j], false, 0);
     // Computed anew rather than held in registers since the plane was read.
     asm volatile("" : "+l"(to));
-    to += entry.numel;
+    to = in_global_memory(to) + numel;
   }
 
-  __device__ __forceinline__ void read_grad(Values& grad) const {
+  __device__ __forceinline__ void read_grad(Values& out) const {
     const DType dtype = DType(args.param_dtype);
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
-      grad[j] = inside(j) ? load_element(entry.grad, dtype, at + 32 * j) : 0.0f;
+      out[j] = inside(j) ? load_element(grad, dtype, at + 32 * j) : 0.0f;
       if (args.grad_scale != nullptr) {
-        grad[j] /= *args.grad_scale;
-        if (inside(j)) store_element(entry.grad, dtype, at + 32 * j, grad[j]);
+        out[j] /= *args.grad_scale;
+        if (inside(j)) store_element(grad, dtype, at + 32 * j, out[j]);
       }
-      if (args.maximize) grad[j] = -grad[j];
+      if (args.maximize) out[j] = -out[j];
     }
   }
 
@@ -197,9 +213,9 @@ struct SweepTile {
   }
 
   __device__ __forceinline__ void run() const {
-    Values grad, rate, h[kUnits], averages[kScales], squares[kScales], x[kColumns];
+    Values g, rate, h[kUnits], averages[kScales], squares[kScales], x[kColumns];
     State *from = plane(0), *to = from;
-    read_grad(grad);
+    read_grad(g);
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) read(from, h[k]);
 #pragma unroll
@@ -210,7 +226,7 @@ struct SweepTile {
 
     Values average_decay, square_decay, mask;
     decays(h, average_decay, square_decay);
-    features(grad, rate, averages, squares, average_decay, square_decay, x);
+    features(g, rate, averages, squares, average_decay, square_decay, x);
 #pragma unroll
     for (int j = 0; j < kPer; ++j) mask[j] = inside(j) ? 1.0f : 0.0f;
     // Coordinates beyond the tensor hold finite numbers that are not to count.
@@ -236,6 +252,7 @@ struct SweepTile {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       Values gate;
+      __syncwarp();  // one unit after the other: their weights together do not fit the registers
       product(k, bias[k], x, h, gate);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) reset[k][j] = sigmoid(gate[j]) * h[k][j];
@@ -243,6 +260,7 @@ struct SweepTile {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       Values update, candidate, next;
+      __syncwarp();  // as above
       product(kUnits + k, bias[kUnits + k], x, h, update);
       const float4 last = product(2 * kUnits + k, bias[2 * kUnits + k], x, reset, candidate);
 #pragma unroll
@@ -257,7 +275,6 @@ struct SweepTile {
     }
 
     Values squared;
-    float* raw = args.raw + kRawUnit * int64_t(entry.first_raw) + at;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
       const float log_rate = at_least(at_most(rate[j] + eta[j], kLogRateLimit), -kLogRateLimit);
@@ -320,13 +337,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
       for (int row = 0; row < kSums; ++row) sums[row][lane] = 0.0f;
       for (int tile = start; tile < min(start + kSumTiles * kSweepTile, span.size);
            tile += kSweepTile)
-        SweepTile<State>{args,
-                         entry,
-                         shared,
-                         shared.biases[warp],
-                         &sums[0][lane],
-                         span.first + tile + lane,
-                         span.size - tile - lane}
+        SweepTile<State>(args, entry, shared, span.first + tile + lane, span.size - tile - lane)
             .run();
       __syncwarp();
       if (lane < kSums) shared.totals[warp][lane] += add_row(sums[lane]);
