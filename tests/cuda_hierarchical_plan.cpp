@@ -26,8 +26,8 @@ struct Options {
 // The arguments of all kernels into `out`, then those of each launch that fills the list; their
 // number. sizes: entries, chunks, whether they are listed.
 int plan(const cuda::HierarchicalTensor* tensors, int64_t count, int64_t problems, uint64_t meta,
-         uint64_t global_states, const Options* options, uint64_t workspace, int capacity, char* out,
-         int64_t* sizes) {
+         uint64_t global_states, const Options* options, uint64_t workspace, int capacity,
+         char* out, int64_t* sizes) {
   cuda::HierarchicalOptions given;
   given.maximize = options->maximize != 0;
   given.nonfinite = int(options->nonfinite);
@@ -38,7 +38,7 @@ int plan(const cuda::HierarchicalTensor* tensors, int64_t count, int64_t problem
   const cuda::HierarchicalPlan plan(tensors, count, problems);
   cuda::HierarchicalArgs args =
       plan.args(reinterpret_cast<const float*>(meta), reinterpret_cast<float*>(global_states),
-                count, given, reinterpret_cast<void*>(workspace));
+                given, reinterpret_cast<void*>(workspace));
   sizes[0] = args.entries;
   sizes[1] = args.chunks;
   sizes[2] = plan.listed();

@@ -99,22 +99,16 @@ bool supported(const HierarchicalConfig& config) {
          config.tensor_size == kTensorUnits && config.global_size == kGlobalUnits;
 }
 
-int64_t hierarchical_workspace_bytes(const HierarchicalTensor* tensors, int64_t count,
-                                     int64_t problems) {
-  return HierarchicalPlan(tensors, count, problems).workspace_bytes();
-}
-
-int hierarchical_step(const float* meta, const HierarchicalTensor* tensors, int64_t count,
-                      float* global_states, int64_t problems, const HierarchicalOptions& options,
-                      void* workspace, void* stream) {
+int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* global_states,
+                      const HierarchicalOptions& options, void* workspace, void* stream) {
+  const int64_t count = plan.count(), problems = plan.problems();
   Launcher launch(stream);
   if (options.nonfinite != 0 && launch.ok())
     launch.note(cudaMemsetAsync(options.nonfinite_flags, 0, size_t(count + 1) * sizeof(int),
                                 launch.stream()));
-  const HierarchicalPlan plan(tensors, count, problems);
   if (!plan.fits()) return cudaErrorInvalidValue;
   if (plan.empty()) return launch.error();
-  HierarchicalArgs args = plan.args(meta, global_states, count, options, workspace);
+  HierarchicalArgs args = plan.args(meta, global_states, options, workspace);
   if (plan.listed())
     for (int64_t first = 0; first < plan.entries(); first += kEntries) {
       plan.send(first, args);

@@ -36,13 +36,11 @@ struct HierarchicalOptions {
 // Whether the CUDA kernels take these sizes; Triton takes the others.
 bool supported(const HierarchicalConfig& config);
 
-// Of the workspace of a step, which need not be kept between steps.
-int64_t hierarchical_workspace_bytes(const HierarchicalTensor* tensors, int64_t count,
-                                     int64_t problems);
+class HierarchicalPlan;  // hierarchical_plan.h: of the tensors of a step, and its workspace
 
-// global_states: (problems, global_size), read and written. `workspace`: 16-byte aligned.
-int hierarchical_step(const float* meta, const HierarchicalTensor* tensors, int64_t count,
-                      float* global_states, int64_t problems, const HierarchicalOptions& options,
-                      void* workspace, void* stream);
+// global_states: (problems, global_size), read and written. `workspace`: plan.workspace_bytes(),
+// 16-byte aligned; need not be kept between steps.
+int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* global_states,
+                      const HierarchicalOptions& options, void* workspace, void* stream);
 
 }  // namespace fastl2o::cuda

@@ -14,7 +14,7 @@ namespace fastl2o::cuda {
 class HierarchicalPlan {
  public:
   HierarchicalPlan(const HierarchicalTensor* tensors, int64_t count, int64_t problems)
-      : problems_(problems) {
+      : count_(count), problems_(problems) {
     for (int64_t i = 0; i < count; ++i) {
       const HierarchicalTensor& t = tensors[i];
       if (t.numel == 0) continue;  // it rests
@@ -45,17 +45,19 @@ class HierarchicalPlan {
   bool fits() const { return chunks_ < (int64_t(1) << 31) && raw_units_ < (int64_t(1) << 32); }
   bool empty() const { return entries_.empty(); }
   int64_t workspace_bytes() const { return bytes_; }
+  int64_t count() const { return count_; }  // of tensors, empty ones included
+  int64_t problems() const { return problems_; }
   int64_t entries() const { return int64_t(entries_.size()); }
 
-  HierarchicalArgs args(const float* meta, float* global_states, int64_t count,
-                        const HierarchicalOptions& options, void* workspace) const {
+  HierarchicalArgs args(const float* meta, float* global_states, const HierarchicalOptions& options,
+                        void* workspace) const {
     HierarchicalArgs args = {};
     args.meta = meta;
     args.global_states = global_states;
     args.grad_scale = options.grad_scale;
     args.found_inf = options.found_inf;
     if (options.nonfinite == kSkip) args.flags = options.nonfinite_flags;
-    if (options.nonfinite == kRaise) args.any = options.nonfinite_flags + count;
+    if (options.nonfinite == kRaise) args.any = options.nonfinite_flags + count_;
     const auto at = [&](int64_t offset) {
       return reinterpret_cast<float*>(static_cast<char*>(workspace) + offset);
     };
@@ -92,7 +94,7 @@ class HierarchicalPlan {
     bytes_ += (bytes + 15) / 16 * 16;
   }
 
-  int64_t problems_, chunks_ = 0, raw_units_ = 0, bytes_ = 0;
+  int64_t count_, problems_, chunks_ = 0, raw_units_ = 0, bytes_ = 0;
   int64_t raw_ = 0, sums_ = 0, inverse_rms_ = 0, states_ = 0, problem_values_ = 0, list_ = 0;
   std::vector<HierarchicalEntry> entries_;
 };

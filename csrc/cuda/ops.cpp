@@ -4,18 +4,10 @@
 //
 // Every op takes the rule as (rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1,
 // beta2); a family leaves unused what it does not have. `fast` allows TF32 products.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
+#include "call.h"
 #include "kernels.h"
-#include "tensor_args.h"
 
 namespace {
 
@@ -24,15 +16,17 @@ using fastl2o::floats;
 using fastl2o::MetaLayout;
 using fastl2o::mutable_floats;
 using fastl2o::RuleConfig;
+using fastl2o::cuda::Call;
+using fastl2o::cuda::check_finite;
+using fastl2o::cuda::device_scalar;
+using fastl2o::cuda::kRaise;
+using fastl2o::cuda::place;
 using fastl2o::cuda::Precision;
 using fastl2o::cuda::StepOptions;
 using fastl2o::cuda::StepTensor;
 using fastl2o::cuda::UnrollArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int kLeastCapability = 75;  // ten times 7.5
-constexpr int kRaise = 2;
 
 RuleConfig make_config(bool rnnprop, int64_t hidden_size, int64_t num_layers, bool log_sign,
                        double p, double eps, double scale, double beta1, double beta2) {
@@ -53,82 +47,15 @@ RuleConfig make_config(bool rnnprop, int64_t hidden_size, int64_t num_layers, bo
   return config;
 }
 
-std::string place(const char* name, int64_t index) {
-  return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+Call make_call(const RuleConfig& config, const Tensor& meta) {
+  std::string unsupported;
+  if (!fastl2o::cuda::supported(config))
+    unsupported = "hidden_size " + std::to_string(config.hidden_size) + " and num_layers " +
+                  std::to_string(config.num_layers);
+  return Call(meta, unsupported, MetaLayout(config).total);
 }
-
-// Makes the device of a call current, and holds what its launches need.
-class Call {
- public:
-  Call(const RuleConfig& config, const Tensor& meta)
-      : device_(checked_device(meta)), guard_(device_) {
-    STD_TORCH_CHECK(fastl2o::cuda::supported(config), "no CUDA kernels for hidden_size ",
-                    config.hidden_size, " and num_layers ", config.num_layers,
-                    "; use the Triton or the reference backend");
-    int major = 0, minor = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
-    STD_TORCH_CHECK(10 * major + minor >= kLeastCapability,
-                    "the CUDA kernels need compute capability 7.5, device ", device_, " has ",
-                    major, ".", minor, "; use the Triton backend");
-    check(meta, ScalarType::Float, "meta");
-    STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
-                    " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
-  }
-
-  void* stream() const { return stream_; }
-
-  // `index` is the tensor's place in its list, -1 outside of lists.
-  void check(const Tensor& tensor, ScalarType type, const char* name, int64_t index = -1) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, place(name, index),
-                    " must be on CUDA device ", device_, " like meta; move it");
-    STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), place(name, index),
-                    " must be contiguous and have the dtype that the op takes: float32, or in a "
-                    "list that of its first tensor; convert it, or use the reference backend");
-  }
-
-  Tensor scratch(int64_t count, ScalarType type) const {
-    return torch::stable::empty(
-        {count}, type, std::nullopt,
-        torch::stable::Device(torch::headeronly::DeviceType::CUDA, device_));
-  }
-
-  void done(int status) const { STD_CUDA_CHECK(cudaError_t(status)); }
-
- private:
-  static int32_t checked_device(const Tensor& meta) {
-    STD_TORCH_CHECK(meta.is_cuda(), "meta must be on a CUDA device; move it");
-    return meta.get_device_index();
-  }
-
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
 
 Precision precision(bool fast) { return fast ? Precision::fast : Precision::exact; }
-
-const float* device_scalar(const Call& call, const std::optional<Tensor>& tensor,
-                           const char* name) {
-  if (!tensor.has_value()) return nullptr;
-  call.check(*tensor, ScalarType::Float, name);
-  STD_TORCH_CHECK(tensor->numel() == 1, name, " holds ", tensor->numel(), " numbers; expected 1");
-  return floats(*tensor);
-}
-
-// The first tensor whose flag is set, or -1. Waits for the stream: only nonfinite = 2 asks.
-int64_t first_flagged(const Call& call, const int* flags, int64_t count) {
-  const auto stream = static_cast<cudaStream_t>(call.stream());
-  std::vector<int> host(size_t(count) + 1);
-  STD_CUDA_CHECK(cudaMemcpyAsync(host.data(), flags, host.size() * sizeof(int),
-                                 cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
-  if (host.back() == 0) return -1;
-  for (int64_t i = 0; i < count; ++i)
-    if (host[size_t(i)] != 0) return i;
-  return -1;
-}
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
            std::vector<Tensor> steps, Tensor meta, bool rnnprop, int64_t hidden_size,
@@ -145,7 +72,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   STD_TORCH_CHECK(nonfinite >= 0 && nonfinite <= kRaise, "nonfinite is ", nonfinite,
                   "; accepted are 0 (pass), 1 (skip) and 2 (raise)");
   if (count == 0) return;
-  const Call call(config, meta);
+  const Call call = make_call(config, meta);
   const ScalarType param_type = params[0].scalar_type(), state_type = states[0].scalar_type();
   STD_TORCH_CHECK(state_type == ScalarType::Float || state_type == ScalarType::BFloat16,
                   "states must be float32 or bfloat16 for the CUDA kernels");
@@ -187,11 +114,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   }
   call.done(fastl2o::cuda::step(config, floats(meta), tensors.data(), int64_t(count), options,
                                 call.stream()));
-  if (nonfinite != kRaise) return;
-  const int64_t bad = first_flagged(call, options.nonfinite_flags, int64_t(count));
-  STD_TORCH_CHECK(bad < 0, "gradient ", bad,
-                  " of the list holds NaN or Inf; nothing was changed. Mend the loss, or choose "
-                  "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
+  if (nonfinite == kRaise) check_finite(call, options.nonfinite_flags, int64_t(count));
 }
 
 std::tuple<Tensor, Tensor> step(Tensor grad, Tensor state, int64_t first_step, Tensor meta,
@@ -200,7 +123,7 @@ std::tuple<Tensor, Tensor> step(Tensor grad, Tensor state, int64_t first_step, T
                                 double beta2, bool fast) {
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
-  const Call call(config, meta);
+  const Call call = make_call(config, meta);
   const int64_t numel = grad.numel();
   call.check(grad, ScalarType::Float, "grad");
   call.check(state, ScalarType::Float, "state");
@@ -237,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> step_backward(Tensor d_update, Tensor d_new_s
                                                  double beta2, bool fast) {
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
-  const Call call(config, meta);
+  const Call call = make_call(config, meta);
   call.check(grad, ScalarType::Float, "grad");
   call.check(d_update, ScalarType::Float, "d_update");
   call.check(state, ScalarType::Float, "state");
@@ -259,7 +182,7 @@ std::tuple<Tensor, Tensor> unroll_backward(Tensor grads, Tensor state, int64_t f
                                            double weight_decay, bool fast) {
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
-  const Call call(config, meta);
+  const Call call = make_call(config, meta);
   call.check(grads, ScalarType::Float, "grads");
   call.check(state, ScalarType::Float, "state");
   call.check(loss_weights, ScalarType::Float, "loss_weights");
