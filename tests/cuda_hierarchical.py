@@ -39,6 +39,17 @@ class _Options(ctypes.Structure):
     ]
 
 
+class Plan(NamedTuple):
+    """What the host made of a step's tensors; `kept` are the tensors that it holds addresses of."""
+
+    arguments: list[bytes]
+    entries: int
+    chunks: int
+    listed: bool
+    workspace_bytes: int
+    kept: tuple[Tensor | None, ...]
+
+
 class Result(NamedTuple):
     """The nonfinite flags, and the counts of every launch by the kernel's name."""
 
@@ -80,6 +91,39 @@ def table(
     return entries
 
 
+def plan(
+    rule: HierarchicalRule,
+    problem: Problem,
+    tensors: Any,
+    *,
+    options: _Options | None = None,
+    workspace: Tensor | None = None,
+    capacity: int = MOST_LAUNCHES,
+) -> Plan:
+    """The host's plan of a step; its workspace, unless given, is all NaN."""
+    count = (ctypes.c_int64(len(problem.params)), ctypes.c_int64(problem.hidden.shape[0]))
+    bytes_needed = host().workspace_bytes(tensors, *count)
+    meta = rule.flat_parameters().detach().float().contiguous()
+    if workspace is None and capacity > 1:
+        workspace = torch.full((bytes_needed // 4,), torch.nan)
+    size = host().args_bytes()
+    out, sizes = ctypes.create_string_buffer(size * capacity), (ctypes.c_int64 * 3)()
+    made = host().plan(
+        tensors,
+        *count,
+        ctypes.c_uint64(cuda_step.address(meta)),
+        ctypes.c_uint64(cuda_step.address(problem.hidden)),
+        ctypes.byref(options or _Options()),
+        ctypes.c_uint64(cuda_step.address(workspace)),
+        capacity,
+        out,
+        sizes,
+    )
+    assert made < MOST_LAUNCHES
+    each = [out.raw[size * i : size * (i + 1)] for i in range(made)]
+    return Plan(each, sizes[0], sizes[1], bool(sizes[2]), bytes_needed, (meta, workspace))
+
+
 def step_(
     rule: HierarchicalRule,
     problem: Problem,
@@ -97,36 +141,22 @@ def step_(
 ) -> Result:
     """The in-place step, launched as `hierarchical_step` does; its workspace starts as NaN."""
     count = len(problem.params)
-    meta = rule.flat_parameters().detach().float().contiguous()
     tensors = table(problem, problems, lr or [1.0] * count, weight_decay or [0.0] * count)
-    rows = problem.hidden.shape[0]
-    bytes_needed = host().workspace_bytes(tensors, ctypes.c_int64(count), ctypes.c_int64(rows))
-    workspace = torch.full((bytes_needed // 4,), torch.nan)
     flags = torch.zeros(count + 1, dtype=torch.int32)
-    given = _Options(
-        maximize,
-        nonfinite,
-        cuda_step.DTYPES[problem.params[0].dtype],
-        cuda_step.address(grad_scale),
-        cuda_step.address(found_inf),
-        cuda_step.address(flags),
-    )
-    size = host().args_bytes()
-    out, sizes = ctypes.create_string_buffer(size * MOST_LAUNCHES), (ctypes.c_int64 * 3)()
-    made = host().plan(
+    made = plan(
+        rule,
+        problem,
         tensors,
-        ctypes.c_int64(count),
-        ctypes.c_int64(rows),
-        ctypes.c_uint64(cuda_step.address(meta)),
-        ctypes.c_uint64(cuda_step.address(problem.hidden)),
-        ctypes.byref(given),
-        ctypes.c_uint64(cuda_step.address(workspace)),
-        MOST_LAUNCHES,
-        out,
-        sizes,
+        options=_Options(
+            maximize,
+            nonfinite,
+            cuda_step.DTYPES[problem.params[0].dtype],
+            cuda_step.address(grad_scale),
+            cuda_step.address(found_inf),
+            cuda_step.address(flags),
+        ),
     )
-    assert made < MOST_LAUNCHES
-    each = [out.raw[size * i : size * (i + 1)] for i in range(made)]
+    rows = problem.hidden.shape[0]
     launches: list[tuple[str, Any]] = []
 
     def launch(kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
@@ -135,13 +165,13 @@ def step_(
         )
         launches.append((kernel, counts))
 
-    if sizes[0] > 0:
-        for raw in each[1:]:
+    if made.entries > 0:
+        for raw in made.arguments[1:]:
             launch("hierarchical_send_kernel", 1, LEVEL_THREADS, raw)
-        args = each[-1]
+        args = made.arguments[-1]
         if nonfinite:
             launch("hierarchical_scan_kernel", grid, LEVEL_THREADS, args, flags, flags[count:])
-        if sizes[2]:
+        if made.listed:
             launch("hierarchical_problems_kernel", rows, PROBLEM_THREADS, args)
         launch(SWEEPS[problem.planes[0].dtype], grid, SWEEP_THREADS, args)
         launch("hierarchical_tensors_kernel", grid, LEVEL_THREADS, args)

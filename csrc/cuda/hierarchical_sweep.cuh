@@ -65,6 +65,12 @@ __device__ inline void load_weights(const float* meta, SweepShared& shared) {
 
 using Values = float[kPer];
 
+// The share of the old value and the rest of the new one: a difference of the two would make NaN of
+// infinities.
+__device__ __forceinline__ float mixed(float share, float old_value, float new_value) {
+  return fmaf(share, old_value, (1.0f - share) * new_value);
+}
+
 // Coordinates of a tile, kPer a lane.
 template <typename State>
 struct SweepTile {
@@ -162,9 +168,9 @@ struct SweepTile {
       Values average, square;
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        average[j] = fmaf(average_decay[j], averages[s][j] - grad[j], grad[j]);
+        average[j] = mixed(average_decay[j], averages[s][j], grad[j]);
         const float fresh = fmaf(average[j], average[j], kSquareEps);
-        square[j] = fmaf(square_decay[j], squares[s][j] - fresh, fresh);
+        square[j] = mixed(square_decay[j], squares[s][j], fresh);
         const float sum = square[j] + kRmsEps;
         x[s][j] = asinh_accurate(average[j] * inverse_root(sum));
         int exponent;
@@ -300,14 +306,14 @@ __device__ __forceinline__ double add_row(const float (&row)[kSumStride]) {
   return double(even + odd);
 }
 
-// A warp comes to another tensor than that of entry `before`, or to its first one (-1).
-__device__ __forceinline__ void load_biases(const HierarchicalArgs& args, int before,
+// A warp comes to another tensor; `problem` holds the values of problem `held`, -1 for none.
+__device__ __forceinline__ void load_biases(const HierarchicalArgs& args, int& held,
                                             const HierarchicalEntry& entry,
                                             const float (&to_param)[kTensorUnits][32],
                                             float (&problem)[32], float (&biases)[32]) {
   const int lane = threadIdx.x % 32;
-  if (before < 0 || entries_of(args)[before].problem != entry.problem)
-    problem[lane] = problem_values(args, entry.problem);
+  if (held != entry.problem) problem[lane] = problem_values(args, entry.problem);
+  held = entry.problem;
   float value = problem[lane];
   for (int k = 0; k < kTensorUnits; ++k) value = fmaf(to_param[k][lane], entry.state[k], value);
   if (lane == kFirstStep) value = *entry.step == 0.0f ? 1.0f : 0.0f;
@@ -325,11 +331,12 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float (*const sums)[kSumStride] = shared.sums[warp];
+  int problem = -1;
   for_chunks(args, blockIdx.x, gridDim.x, [&](int before, int index, int chunk) {
     const HierarchicalEntry& entry = entries_of(args)[index];
     if (skipped(args, entry)) return;
     if (index != before)
-      load_biases(args, before, entry, shared.to_param, shared.problem[warp], shared.biases[warp]);
+      load_biases(args, problem, entry, shared.to_param, shared.problem[warp], shared.biases[warp]);
     const Span span(entry, chunk);
     if (lane < kSums) shared.totals[warp][lane] = 0.0;
     for (int start = 0; start < span.size; start += kSumTiles * kSweepTile) {
