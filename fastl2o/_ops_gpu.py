@@ -49,6 +49,12 @@ def _cuda_refuses(rnnprop: bool, hidden_size: int, num_layers: int, device: torc
             f"its kernels do not take hidden_size={hidden_size} with num_layers={num_layers} "
             "('triton' takes every size)"
         )
+    return capability_refusal(device)
+
+
+@functools.lru_cache(maxsize=64)
+def capability_refusal(device: torch.device) -> str:
+    """Why the CUDA library does not run on this device, "" if it does."""
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         least, found = ("{}.{}".format(*version) for version in (_LEAST_CAPABILITY, capability))

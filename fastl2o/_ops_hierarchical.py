@@ -73,7 +73,7 @@ def step_(
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(gpu.step_refusal, rule)
+    refuses = gpu.objections(gpu.step_refusal, rule, params[0].device)
     chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
     wide = torch.promote_types(dtype, torch.float32)
     arguments = (
@@ -153,7 +153,7 @@ def unroll_backward(
     if {grads.dtype, state.dtype, meta.dtype} != {torch.float32}:
         unsupported = "its functional ops take float32 tensors: convert them"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(gpu.unroll_refusal, rule)
+    refuses = gpu.objections(gpu.unroll_refusal, rule, grads.device)
     chosen = backends.choose(grads.device, unsupported, refuses=refuses)
     arguments = (
         *(grads.contiguous(), state.contiguous(), int(step), meta),

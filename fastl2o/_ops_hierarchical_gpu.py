@@ -5,6 +5,7 @@ The dispatcher's CUDA key leads here. Triton is imported by the first call that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -13,24 +14,40 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._ops_gpu import capability_refusal
 from .rules import HierarchicalRule
 
 Named = dict[str, Any]
+Refusal = Callable[[str, HierarchicalRule, torch.device], str]
 
 # The kernels write a unit's products out, so more of them compile for minutes.
 _MAX_TRITON_UNITS = 16
 
 
-def step_refusal(backend: str, rule: HierarchicalRule) -> str:
-    """Why a backend that is present has no step for this rule, "" if it has."""
+def step_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
+    """Why a backend that is present has no step for this rule on this device, "" if it has."""
     if backend == "triton" and rule.param_size > _MAX_TRITON_UNITS:
         return f"its kernels take param_size up to {_MAX_TRITON_UNITS}, not {rule.param_size}"
-    if backend == "cuda":
-        return "it has no kernels for rules of family 'hierarchical'"
+    if backend == "cuda" and device.type == "cuda":
+        return _cuda_refuses(cuda_sizes(rule), torch.device(device))
     return ""
 
 
-def unroll_refusal(backend: str, rule: HierarchicalRule) -> str:
+def cuda_sizes(rule: HierarchicalRule) -> tuple[int, int, int, int]:
+    """What the CUDA ops are told of a rule."""
+    return (rule.param_size, rule.tensor_size, rule.global_size, rule.num_scales)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cuda_refuses(sizes: tuple[int, int, int, int], device: torch.device) -> str:
+    if not torch.ops.fastl2o_cuda.hierarchical_supported(*sizes):
+        names = ("param_size", "tensor_size", "global_size", "num_scales")
+        given = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+        return f"its kernels take the default sizes, not {given} ('triton' takes others)"
+    return capability_refusal(device)
+
+
+def unroll_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
     """Why a backend that is present has no window backward for this rule, "" if it has."""
     if backend in ("triton", "cuda"):
         return "it has no kernels for the windows of rules of family 'hierarchical'"
@@ -38,23 +55,28 @@ def unroll_refusal(backend: str, rule: HierarchicalRule) -> str:
 
 
 def objections(
-    refusal: Callable[[str, HierarchicalRule], str], rule: HierarchicalRule
+    refusal: Refusal, rule: HierarchicalRule, device: torch.device
 ) -> Callable[[str], str]:
     """`refusal` as a function of the backend, for `backends.choose`."""
-    return lambda backend: refusal(backend, rule)
+    return lambda backend: refusal(backend, rule, device)
 
 
 def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
     """The in-place step; `named` holds the arguments of the op's schema, shapes checked."""
     lists = ("params", "grads", "planes", "tensor_states", "steps", "global_states", "problems")
-    options = ("meta", "lr", "weight_decay", "maximize", "nonfinite", "grad_scale", "found_inf")
+    options = ("lr", "weight_decay", "maximize", "nonfinite", "grad_scale", "found_inf")
+    before = [named[name] for name in (*lists, "meta")]
+    after = [named[name] for name in options]
+    if backend == "cuda":
+        torch.ops.fastl2o_cuda.hierarchical_step_(*before, *cuda_sizes(rule), *after)
+        return
     step = import_module("fastl2o.kernels.hierarchical.step")
-    step.step_(rule, *(named[name] for name in (*lists, *options)))
+    step.step_(rule, *before, *after)
 
 
 def dispatched(
     function: Callable[[str, HierarchicalRule, Named], Any],
-    refusal: Callable[[str, HierarchicalRule], str],
+    refusal: Refusal,
     rule_of: Callable[[Named], HierarchicalRule],
     check: Callable[[HierarchicalRule, Named], None],
     default: Callable[[Named], Any],
@@ -75,7 +97,7 @@ def dispatched(
         floats: list[Tensor] = [named["meta"]]
         if any(tensor.dtype != torch.float32 for tensor in floats):
             unsupported = "its kernels take float32 (planes also bfloat16): convert the tensors"
-        chosen = backends.choose(device, unsupported, refuses=objections(refusal, rule))
+        chosen = backends.choose(device, unsupported, refuses=objections(refusal, rule, device))
         if chosen == "reference":
             return default(named)
         check(rule, named)

@@ -27,6 +27,7 @@ class _Tensor(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("param", "grad", "planes", "state", "step")),
         ("numel", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
         ("problem", ctypes.c_int64),
         ("lr", ctypes.c_double),
         ("weight_decay", ctypes.c_double),
@@ -34,7 +35,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("maximize", "nonfinite", "param_dtype")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("maximize", "nonfinite")] + [
         (name, ctypes.c_uint64) for name in ("grad_scale", "found_inf", "flags")
     ]
 
@@ -87,6 +88,7 @@ def table(
         addresses = map(cuda_step.address, parts)
         entry.param, entry.grad, entry.planes, entry.state, entry.step = addresses
         entry.numel, entry.problem = parts[0].numel(), problems[i] if problems else 0
+        entry.dtype = cuda_step.DTYPES[parts[0].dtype]
         entry.lr, entry.weight_decay = lr[i], weight_decay[i]
     return entries
 
@@ -150,7 +152,6 @@ def step_(
         options=_Options(
             maximize,
             nonfinite,
-            cuda_step.DTYPES[problem.params[0].dtype],
             cuda_step.address(grad_scale),
             cuda_step.address(found_inf),
             cuda_step.address(flags),

@@ -26,7 +26,7 @@ void keep_last_chunk(char* out) {
 }
 
 struct Options {
-  int64_t maximize, nonfinite, param_dtype;
+  int64_t maximize, nonfinite;
   uint64_t grad_scale, found_inf, flags;
 };
 
@@ -38,7 +38,6 @@ int plan(const cuda::HierarchicalTensor* tensors, int64_t count, int64_t problem
   cuda::HierarchicalOptions given;
   given.maximize = options->maximize != 0;
   given.nonfinite = int(options->nonfinite);
-  given.param_dtype = DType(options->param_dtype);
   given.grad_scale = reinterpret_cast<const float*>(options->grad_scale);
   given.found_inf = reinterpret_cast<const float*>(options->found_inf);
   given.nonfinite_flags = reinterpret_cast<int*>(options->flags);

@@ -25,10 +25,10 @@ __global__ void hierarchical_send_kernel(const __grid_constant__ HierarchicalArg
 __global__ void __launch_bounds__(kLevelThreads)
     hierarchical_scan_kernel(const __grid_constant__ HierarchicalArgs args, int* flags, int* any) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
-  const DType dtype = DType(args.param_dtype);
   for_chunks(args, blockIdx.x, gridDim.x, [&](int, int index, int chunk) {
     const HierarchicalEntry& entry = entries_of(args)[index];
     const Span span(entry, chunk);
+    const DType dtype = DType(entry.dtype);
     bool finite = true;
 #pragma unroll 8
     for (int at = threadIdx.x % 32; at < span.size; at += 32)

@@ -17,6 +17,7 @@ struct HierarchicalTensor {
   float* state;  // the tensor GRU's (tensor_size) and last the mean of its log rates
   float* step;   // steps already taken, incremented
   int64_t numel;
+  DType param_dtype;
   int64_t problem;  // row of the global states
   double lr;
   double weight_decay;
@@ -24,8 +25,7 @@ struct HierarchicalTensor {
 
 struct HierarchicalOptions {
   bool maximize = false;
-  int nonfinite = 0;  // 0 pass, 1 skip, 2 raise
-  DType param_dtype = DType::f32;
+  int nonfinite = 0;                // 0 pass, 1 skip, 2 raise
   DType planes_dtype = DType::f32;  // f32 or bf16
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;

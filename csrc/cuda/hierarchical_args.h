@@ -51,7 +51,8 @@ struct HierarchicalEntry {
   uint32_t first_raw;   // of its raw steps, in units
   int32_t first_chunk;  // chunks of the entries before it
   int32_t problem;
-  int32_t index;  // in the caller's lists, of its flag
+  uint32_t index : 30;  // in the caller's lists, of its flag
+  uint32_t dtype : 2;   // a DType, of param and grad
 };
 
 // Entries are ordered by problem, so that a problem's are a range.
@@ -73,7 +74,6 @@ struct HierarchicalArgs {
   HierarchicalEntry* list;  // all entries where they do not fit below, else null
 
   int32_t entries, chunks, problems;
-  uint8_t param_dtype;  // a DType
   bool maximize;
   int32_t first, count;  // of the entries below in `list`, where they are on their way there
   HierarchicalEntry table[kEntries];

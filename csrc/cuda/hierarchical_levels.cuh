@@ -146,7 +146,7 @@ __device__ __forceinline__ void apply_chunk(const HierarchicalArgs& args, int in
   const HierarchicalEntry& entry = entries_of(args)[index];
   if (skipped(args, entry)) return;
   const Span span(entry, chunk);
-  const DType dtype = DType(args.param_dtype);
+  const DType dtype = DType(entry.dtype);
   void* const param = in_global_memory(entry.param);
   const float inverse_rms = args.inverse_rms[index];
   const float* const raw = args.raw + kRawUnit * int64_t(entry.first_raw) + span.first;

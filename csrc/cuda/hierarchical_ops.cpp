@@ -48,7 +48,6 @@ struct StepLists {
 std::vector<HierarchicalTensor> checked_tensors(const Call& call, const HierarchicalConfig& config,
                                                 const StepLists& lists,
                                                 const Tensor& global_states) {
-  const ScalarType param_type = lists.params[0].scalar_type();
   const ScalarType planes_type = lists.planes[0].scalar_type();
   STD_TORCH_CHECK(planes_type == ScalarType::Float || planes_type == ScalarType::BFloat16,
                   "planes must be float32 or bfloat16 for the CUDA kernels");
@@ -56,6 +55,7 @@ std::vector<HierarchicalTensor> checked_tensors(const Call& call, const Hierarch
   tensors.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const int64_t index = int64_t(i), numel = lists.params[i].numel();
+    const ScalarType param_type = lists.params[i].scalar_type();
     call.check(lists.params[i], param_type, "params", index);
     call.check(lists.grads[i], param_type, "grads", index);
     call.check(lists.planes[i], planes_type, "planes", index);
@@ -73,11 +73,11 @@ std::vector<HierarchicalTensor> checked_tensors(const Call& call, const Hierarch
     const int64_t problem = lists.problems.empty() ? 0 : lists.problems[i];
     STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), place("problems", index),
                     " is ", problem, "; global_states has ", global_states.size(0), " rows");
-    tensors.push_back({lists.params[i].mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
-                       lists.planes[i].mutable_data_ptr(),
-                       fastl2o::mutable_floats(lists.tensor_states[i]),
-                       fastl2o::mutable_floats(lists.steps[i]), numel, problem, lists.lr[i],
-                       lists.weight_decay[i]});
+    tensors.push_back(
+        {lists.params[i].mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
+         lists.planes[i].mutable_data_ptr(), fastl2o::mutable_floats(lists.tensor_states[i]),
+         fastl2o::mutable_floats(lists.steps[i]), numel, fastl2o::dtype_of(param_type, "params"),
+         problem, lists.lr[i], lists.weight_decay[i]});
   }
   return tensors;
 }
@@ -111,7 +111,6 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
   HierarchicalOptions options;
   options.maximize = maximize;
   options.nonfinite = int(nonfinite);
-  options.param_dtype = fastl2o::dtype_of(params[0].scalar_type(), "params");
   options.planes_dtype = fastl2o::dtype_of(planes[0].scalar_type(), "planes");
   options.grad_scale = device_scalar(call, grad_scale, "grad_scale");
   options.found_inf = device_scalar(call, found_inf, "found_inf");

@@ -19,7 +19,8 @@ class HierarchicalPlan {
       const HierarchicalTensor& t = tensors[i];
       if (t.numel == 0) continue;  // it rests
       entries_.push_back({t.param, t.grad, t.planes, t.state, t.step, t.numel,
-                          1.0 - t.lr * t.weight_decay, t.lr, 0, 0, int32_t(t.problem), int32_t(i)});
+                          1.0 - t.lr * t.weight_decay, t.lr, 0, 0, int32_t(t.problem), uint32_t(i),
+                          uint32_t(t.param_dtype)});
     }
     std::stable_sort(entries_.begin(), entries_.end(),
                      [](const auto& a, const auto& b) { return a.problem < b.problem; });
@@ -42,7 +43,10 @@ class HierarchicalPlan {
   // Whether the entries do not fit into the kernels' arguments, so that they go to the workspace.
   bool listed() const { return entries_.size() > kEntries; }
   // Whether every number of chunks or of units fits its type.
-  bool fits() const { return chunks_ < (int64_t(1) << 31) && raw_units_ < (int64_t(1) << 32); }
+  bool fits() const {
+    return chunks_ < (int64_t(1) << 31) && raw_units_ < (int64_t(1) << 32) &&
+           count_ < (int64_t(1) << 30);
+  }
   bool empty() const { return entries_.empty(); }
   int64_t workspace_bytes() const { return bytes_; }
   int64_t count() const { return count_; }  // of tensors, empty ones included
@@ -74,7 +78,6 @@ class HierarchicalPlan {
     args.entries = int32_t(entries_.size());
     args.chunks = int32_t(chunks_);
     args.problems = int32_t(problems_);
-    args.param_dtype = uint8_t(options.param_dtype);
     args.maximize = options.maximize;
     return args;
   }

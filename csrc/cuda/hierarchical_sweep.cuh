@@ -80,6 +80,7 @@ struct SweepTile {
   float* sums;    // the lane's, kSumStride apart
   State* planes;  // at the lane's first coordinate
   void* grad;
+  DType dtype;        // of the gradient
   float* raw;         // as `planes`
   int64_t numel, at;  // the lane's first coordinate
   int count;          // of the chunk's coordinates from there on; may be negative
@@ -93,6 +94,7 @@ struct SweepTile {
         sums(&shared_.sums[threadIdx.x / 32][0][threadIdx.x % 32]),
         planes(in_global_memory(static_cast<State*>(entry.planes)) + at_),
         grad(in_global_memory(entry.grad)),
+        dtype(DType(entry.dtype)),
         raw(args_.raw + kRawUnit * int64_t(entry.first_raw) + at_),
         numel(entry.numel),
         at(at_),
@@ -117,7 +119,6 @@ struct SweepTile {
   }
 
   __device__ __forceinline__ void read_grad(Values& out) const {
-    const DType dtype = DType(args.param_dtype);
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
       out[j] = inside(j) ? load_element(grad, dtype, at + 32 * j) : 0.0f;
