@@ -13,52 +13,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python bench/gpu_counts.py
+from bench import gpu_counts_hierarchical
+from bench.gpu_kernel import Kernel, assembled, find, number
 from tests import common, cuda_step, gpu_common, test_cuda_step, test_cuda_unroll
 
 CHIPS = {"A100-SXM-80GB": "sm_80", "H100-SXM": "sm_90", "B200": "sm_100"}
 CUDA_TILES, WINDOW_TILE = 512, test_cuda_unroll.TILE
 # Bytes of shared memory that a block may have there.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel and how to count it.
-
-    Attributes:
-        name: shown in the table.
-        least_bytes: DRAM bytes that one more coordinate (and step) cannot avoid.
-        coordinates: by how many coordinate-steps the two launches differ.
-        launches: the smaller and the larger launch's counts.
-        resources: registers and spills for an architecture.
-        per_call: launches of one call.
-        threads: of a block for an architecture, where they are not those of the launches.
-    """
-
-    name: str
-    least_bytes: int
-    coordinates: int
-    launches: Callable[[], tuple[Any, Any]]
-    resources: Callable[[str], Any]
-    per_call: str
-    threads: Callable[[str], int] | None = None
-
-
-def number(arch: str) -> int:
-    """90 for "sm_90": each chip gets its own compilation, as in the library."""
-    return int(arch.removeprefix("sm_"))
-
-
-def find(resources: dict[str, Any], part: str) -> Any:
-    """The entry whose mangled name holds ``part``."""
-    return next(found for name, found in resources.items() if part in name)
 
 
 def step_kernel(family: str, precision: str, state: torch.dtype) -> Kernel:
@@ -70,7 +38,7 @@ def step_kernel(family: str, precision: str, state: torch.dtype) -> Kernel:
         2 * planes * state.itemsize + 12,
         CUDA_TILES,
         lambda: test_cuda_step.counted(kernel),
-        lambda arch: find(_assembled(cuda_step.module(number(arch)), arch), kernel.name),
+        lambda arch: find(assembled(cuda_step.module(number(arch)), arch), kernel.name),
         "ceil(tensors / 64)" + (" + 1" if family == "rnnprop" else ""),
         lambda arch: kernel.threads_on(number(arch)),
     )
@@ -92,7 +60,7 @@ def window_kernel(family: str, precision: str) -> Kernel:
     def resources(arch: str) -> Any:
         device = test_cuda_unroll.Device(shared_bytes=SHARED_MEMORY[arch])
         name = test_cuda_unroll.planned(case.make(), device, precision).name
-        return find(_assembled(test_cuda_unroll.module(number(arch)), arch), name)
+        return find(assembled(test_cuda_unroll.module(number(arch)), arch), name)
 
     return Kernel(
         f"cuda window backward {family} {precision}, a step",
@@ -141,7 +109,7 @@ def triton_window(family: str) -> Kernel:
 
     def resources(arch: str) -> Any:
         module = test_triton_unroll.window_module(name, number(arch), block)
-        return next(iter(_assembled(module, arch).values()))
+        return next(iter(assembled(module, arch).values()))
 
     return Kernel(
         f"triton window backward {family}, a step",
@@ -151,17 +119,6 @@ def triton_window(family: str) -> Kernel:
         resources,
         "2",
     )
-
-
-_ASSEMBLED: dict[tuple[int, str], Any] = {}
-
-
-def _assembled(module: Any, arch: str) -> Any:
-    key = (id(module), arch)
-    if key not in _ASSEMBLED:
-        toolchain = cuda_step.emulator().toolchain
-        _ASSEMBLED[key] = toolchain.resources(module, arch, sass=False)
-    return _ASSEMBLED[key]
 
 
 def figures(kernel: Kernel) -> dict[str, Any]:
@@ -257,6 +214,7 @@ def main() -> None:
         for family in ("lstm", "rnnprop")
         for precision in ("exact", "fast")
     ]
+    kernels += gpu_counts_hierarchical.cuda_kernels()
     if not options.no_triton and gpu_common.HAS_TRITON:
         kernels += [triton_kernel(), *(triton_window(family) for family in ("lstm", "rnnprop"))]
     rows = [figures(kernel) for kernel in kernels]
