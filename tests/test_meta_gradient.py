@@ -235,6 +235,24 @@ def test_rules_see_the_gradients_that_a_task_changes_on_every_path(change: Any) 
     assert_near(losses[1], losses[0], 1e-12)
 
 
+def test_gaps_in_gradients_are_made_up_for_in_the_mean() -> None:
+    """The fused gradient, from masked gradients of the loss, is autograd's up to its spread."""
+    rule, runs = CASES[0].make(F64), 4000
+    task = SparseGradients(Quadratic(dim=4), 0.8)
+    means, deviations = [], []
+    for path in ("fused", "autograd"):
+        parts = []
+        for seed in range(8):
+            run = task.sample(runs // 8, seeded(seed), F64)
+            estimator = meta.TruncatedBPTT(4, path=path)
+            parts.append(estimator.window(rule, meta.start(rule, run)).gradient)
+        means.append(torch.stack(parts).mean(0))
+        deviations.append(torch.stack(parts).std(0) / 8**0.5)
+    error = (means[0] - means[1]).norm()
+    assert error <= 4 * deviations[0].norm()
+    assert deviations[0].norm() <= 0.1 * means[1].norm()
+
+
 def test_unroll_gradient_names_the_parameters_and_leaves_the_rule_alone() -> None:
     rule = CASES[3].make(F64)
     before = [parameter.clone() for parameter in rule.parameters()]

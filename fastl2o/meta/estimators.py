@@ -40,8 +40,8 @@ class TruncatedBPTT:
       late, small losses as much as early, large ones and does not depend on the loss's scale.
 
     Gradients that enter the rule are constants (the usual first-order choice), unless
-    ``second_order``. The fused path takes them for the gradients of f too; where a task adds noise
-    to them or leaves gaps, so has its meta-gradient.
+    ``second_order``. The fused path takes them for the gradients of f too: where a task adds noise
+    to them or leaves gaps (which it makes up for in the mean), its meta-gradient is noisier.
 
     Args:
         unroll: T, the inner steps of a window.
@@ -111,11 +111,12 @@ class TruncatedBPTT:
         window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
         loss = self.meta_loss(window.losses, progress.first_losses)
         sizes = progress.run.tensor_sizes
+        weights = self.loss_weights(window.losses) / progress.run.gradient_share
         gradient, d_state = ops.unroll_backward(
             rule,
             window.grads,
             window.state,
-            self.loss_weights(window.losses),
+            weights,
             steps=steps,
             step=window.step,
             lr=lr,

@@ -64,6 +64,11 @@ class TaskRun(ABC):
         """
         return (self.dim,)
 
+    @property
+    def gradient_share(self) -> float:
+        """The share of the losses' gradient that ``loss_and_grad`` gives in the mean."""
+        return 1.0
+
     def next_batch(self) -> Batch:
         """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()

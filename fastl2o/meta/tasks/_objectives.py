@@ -52,6 +52,10 @@ class _NoisyRun(_ChangedGradientRun):
 
 
 class _SparseRun(_ChangedGradientRun):
+    @property
+    def gradient_share(self) -> float:
+        return (1.0 - self.amount) * self.inner.gradient_share
+
     def next_batch(self) -> Batch:
         kept = torch.rand(self.params.shape, generator=self.generator) >= self.amount
         return (kept, *self.inner.next_batch())
@@ -190,6 +194,16 @@ class _SumRun(TaskRun):
 
     def next_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.next_batch())
+
+    @property
+    def gradient_share(self) -> float:
+        shares = {part.gradient_share for part in self.parts}
+        if len(shares) > 1:
+            raise ValueError(
+                f"the parts of a sum give {sorted(shares)} of their gradients; meta-train on it by "
+                "path='autograd', or make the sum of parts that are alike sparse"
+            )
+        return shares.pop()
 
     def full_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.full_batch())

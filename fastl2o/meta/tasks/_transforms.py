@@ -26,6 +26,10 @@ class WrappedRun(TaskRun):
     def tensor_sizes(self) -> tuple[int, ...]:
         return self.inner.tensor_sizes
 
+    @property
+    def gradient_share(self) -> float:
+        return self.inner.gradient_share
+
     def next_batch(self) -> Batch:
         return self.inner.next_batch()
 
