@@ -185,6 +185,24 @@ def test_executed_scan_flags_the_tensors_that_are_not_finite(found_inf: float) -
     assert flags.tolist() == ([0, 0, 0] if found_inf else [0, 1, 1])
 
 
+@pytest.mark.parametrize("chunk", [128, 512, 1024])
+def test_executed_scan_reads_each_gradient_once(chunk: int) -> None:
+    from kernels.lstm import step
+
+    count = 4096
+    grad = torch.ones(count)
+    tensors = table([[0, gpu_common.device_address(grad), 0, 0, count]])
+    chunks = np.array(step.chunk_rows([count], chunk), dtype=np.int64).reshape(-1, 2)
+    counts = helper(
+        "find_nonfinite", 80, PARAM=step.DTYPES[torch.float32], BLOCK=step.SCAN_BLOCK
+    ).launch(
+        (len(chunks),),
+        [tensors, chunks, np.zeros(1, np.int32), np.zeros(1, np.float32), len(chunks), chunk],
+    )
+    # Each of a program's four warps also reads found_inf and four numbers of the tables.
+    assert counts.space["ld_global"]["sectors"] == 4 * count // 32 + 4 * 5 * len(chunks)
+
+
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_executed_advance_counts_and_corrects(found_inf: float) -> None:
     from kernels.lstm import step

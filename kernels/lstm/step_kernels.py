@@ -55,7 +55,8 @@ def find_nonfinite(
     found = tl.zeros((BLOCK,), tl.int32)
     for start in range(first, end, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + lanes, lanes < numel, 0.0)
+        # Chunks may be smaller than BLOCK: what lies beyond this one is another program's.
+        grad = tl.load(grad_ptr + lanes, lanes < end, 0.0)
         if PARAM != tl.float64:  # noqa: SIM300
             grad = grad.to(tl.float32)
         found |= (grad - grad != 0.0).to(tl.int32)
@@ -269,9 +270,12 @@ def step(
                     INPUTS if index == 0 else H, H, index + 1 == LAYERS, BLOCK, STOCHASTIC,
                 )  # fmt: skip
                 if index + 1 < LAYERS:
-                    # Orders the stores of h before loads by other threads, should there be any.
+                    # Other threads may load what one stored, and the next layer stores to the same
+                    # scratch again.
                     tl.debug_barrier()
                     x = load_rows(hidden, hidden_stride, hidden_lanes, valid, H)
+                    if STATE != tl.float32:  # noqa: SIM300
+                        tl.debug_barrier()
             width: tl.constexpr = H if LAYERS else INPUTS
             if LAYERS == 0:
                 for k in tl.static_range(INPUTS):

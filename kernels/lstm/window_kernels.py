@@ -12,8 +12,9 @@ Whatever is kept of a tile lies in the program's scratch as rows of BLOCK floats
     adjoint  1 row, dL/d(parameter) after the step at hand
     d_x      H + 2 rows, the gradients of the first layer's inputs, for RNNprop of g~ and m~ too
 
-A program is one warp. Weight gradients need other threads' rows, after a barrier; layers may read
-rows that other lanes of the warp stored, which only the order of a converged warp makes safe.
+A program is one warp. Each part below spreads rows over its lanes in a layout of its own, so it may
+read what other lanes stored: a barrier stands between any two parts of which one stores rows that
+the other loads or stores.
 """
 
 # Triton's functions take Triton's values: annotations would be wrong for either side.
@@ -137,6 +138,7 @@ def window(
             grads, state, d_state, loss_weights, slots, d_rows, adjoint_row, first, total, dim,
             runs, steps, rows, GIVEN, PLANES, BLOCK,
         )  # fmt: skip
+        tl.debug_barrier()
         # Up through the segments for the states between them, then down through all.
         for turn in range(2 * segments - 1):
             down = turn >= segments - 1
@@ -171,6 +173,7 @@ def window(
                     grads + t * total, loss_weights + t * runs, d_update, d_out_row, adjoint_row,
                     first, total, dim, lr, keep, GIVEN, BLOCK,
                 )  # fmt: skip
+                tl.debug_barrier()
                 output_gradient(d_out_row, top, meta + READOUT, scale, RNNPROP, WIDTH, BLOCK)
                 tl.debug_barrier()
                 add_outer(
@@ -191,6 +194,7 @@ def window(
                     )  # fmt: skip
                 elif GIVEN and LAYERS == 0:
                     scale_rows(d_out_row, meta + READOUT, d_x_rows, INPUTS, BLOCK)
+                    tl.debug_barrier()
                 if RNNPROP or GIVEN:
                     feature_gradients(
                         grads + t * total, d_grads, first, total, new, pair_rows, d_x_rows, d_rows,
@@ -200,6 +204,7 @@ def window(
                 # Rows that other threads have read are written again.
                 tl.debug_barrier()
         leave_tile(d_state, d_rows, first, total, PLANES, BLOCK)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -266,6 +271,7 @@ def functional_step(
             out = readout(top, total, meta + READOUT, H, BLOCK)
         else:
             out = readout(x_rows + lane, BLOCK, meta + READOUT, INPUTS, BLOCK)
+            tl.debug_barrier()
         if RNNPROP:
             out = -scale * cells.tanh(out)
         else:

@@ -131,7 +131,11 @@ def forward(
     FIRST: tl.constexpr, INPUTS: tl.constexpr, OFFSET: tl.constexpr, LAYERS: tl.constexpr,
     H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All layers of one step. FIRST: planes before the layers', OFFSET: the first one's weights."""
+    """All layers of one step. FIRST: planes before the layers', OFFSET: the first one's weights.
+
+    A barrier before each layer and after the last: its rows were stored by other threads.
+    """
+    tl.debug_barrier()
     for index in tl.static_range(LAYERS):
         from_plane = old + (FIRST + 2 * index * H) * stride
         to_plane = new + (FIRST + 2 * index * H) * stride
@@ -146,6 +150,7 @@ def forward(
                 meta + OFFSET + 4 * H * (INPUTS + H + 1 + (index - 1) * (2 * H + 1)),
                 H, H, BLOCK,
             )  # fmt: skip
+        tl.debug_barrier()
 
 
 @triton.jit
