@@ -204,9 +204,25 @@ def dispatched(
             unsupported = "its kernels take float32 (states also bfloat16): convert the tensors"
         device = named["meta"].device
         chosen = backends.choose(device, unsupported, refuses=objections(rule, device))
-        return default(named) if chosen == "reference" else function(chosen, rule, named)
+        if chosen == "reference":
+            return default(named)
+        _check_devices(named, device)
+        return function(chosen, rule, named)
 
     return kernel
+
+
+def _check_devices(named: Named, device: torch.device) -> None:
+    """Kernels read addresses: a tensor of another device must not get there."""
+    for name, value in named.items():
+        tensors = value if isinstance(value, list | tuple) else [value]
+        for index, tensor in enumerate(tensors):
+            if _is_tensor(tensor) and tensor.device != device:
+                place = name if tensors is not value else f"{name}[{index}]"
+                raise ValueError(
+                    f"{place} is on {tensor.device}, meta on {device}: move all tensors of a call "
+                    "to one device"
+                )
 
 
 def _is_tensor(value: object) -> bool:

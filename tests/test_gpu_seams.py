@@ -192,6 +192,21 @@ def test_direct_calls_of_the_gpu_ops_choose_their_backend(
     assert calls == ["cuda", "plain", "triton", "triton"]
 
 
+def test_tensors_of_several_devices_are_refused_by_name(
+    present: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "choose", _as_if_on_cuda(backends.choose))
+    rule = LSTMRule(2, 1)
+    kernel = _ops_gpu.dispatched(lambda *_: None, lambda named: rule, lambda named: None)
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    window = {"grads": here, "state": here, "loss_weights": there, "meta": here}
+    with pytest.raises(ValueError, match="loss_weights is on meta, meta on cpu: move all tensors"):
+        kernel(window)
+    lists = {"params": [here, here], "grads": [here, there], "states": [here, here], "meta": here}
+    with pytest.raises(ValueError, match=r"grads\[1\] is on meta, meta on cpu: move all tensors"):
+        kernel(lists)
+
+
 def _as_if_on_cuda(choose: object) -> object:
     return lambda device, unsupported, refuses: choose(CUDA, unsupported, refuses)  # type: ignore[operator]
 
