@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -166,13 +168,66 @@ def test_tables_are_kept_while_addresses_stay() -> None:
     assert plans[0] is not plans[2]
 
 
-def test_lists_it_cannot_take_are_refused_before_anything_changes() -> None:
+def test_tables_that_a_captured_graph_reads_are_never_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rule = common.SMALL_RULE_CASES[0].make()
+    captured, *others = (Lists(rule) for _ in range(step.MAX_PLANS + 2))
+
+    def plan(of: Lists) -> step.Plan:
+        return step._plan(rule, of.params, of.grads, of.states, of.steps)
+
+    before = plan(captured)
+    monkeypatch.setattr(step, "_capturing", lambda device: True)
+    assert plan(captured) is before
+    with pytest.raises(RuntimeError, match="not stepped before: step them once, then capture"):
+        plan(others[0])
+    monkeypatch.undo()
+    dropped = plan(others[0])
+    for other in others[1:]:
+        plan(other)
+    assert len(step._plans) == step.MAX_PLANS
+    assert plan(captured) is before
+    assert plan(others[0]) is not dropped
+
+
+def test_a_kernel_that_does_not_compile_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: object, **options: object) -> None:
+                raise RuntimeError("does not compile")
+
+            return launch
+
+    rule = common.SMALL_RULE_CASES[-1].make()
+    assert rule.needs_step
     lists = Lists(rule)
-    lists.grads[2] = lists.grads[2].double()
     before = [bits(tensor) for tensor in lists.all()]
-    with pytest.raises(ValueError, match=r"grads\[2\]: expected contiguous torch.float32"):
+    monkeypatch.setattr(step.step_kernels, "step", Broken())
+    with pytest.raises(RuntimeError, match="does not compile"):
         lists.run(rule)
     assert [bits(tensor) for tensor in lists.all()] == before
+
+
+def test_lists_it_cannot_take_are_refused_before_anything_changes() -> None:
+    rule = common.SMALL_RULE_CASES[0].make()
+    for name, index, wrong, message in (
+        ("grads", 2, torch.zeros(129).double(), r"grads\[2\]: expected a dense torch.float32"),
+        ("grads", 3, torch.zeros(5, 3), r"grads\[3\]: .* of shape \(3, 5\) like its parameter"),
+        ("states", 2, torch.zeros(1, 129), r"states\[2\]: .* make it with rule.init_state"),
+        ("params", 3, torch.zeros(5, 3).T, r"params\[3\]: expected contiguous"),
+    ):
+        lists = Lists(rule)
+        getattr(lists, name)[index] = wrong
+        before = [bits(tensor) for tensor in lists.all()]
+        with pytest.raises(ValueError, match=message):
+            lists.run(rule)
+        assert [bits(tensor) for tensor in lists.all()] == before
+    lists = Lists(rule)
+    lists.steps = [torch.zeros(())]
+    with pytest.raises(ValueError, match="expected 4 grads and states and 0 steps for 4 params"):
+        lists.run(rule)
+    with pytest.raises(ValueError, match=r"grad_scale: expected 1 contiguous torch.float32"):
+        Lists(rule).run(rule, grad_scale=torch.ones(2))
     with pytest.raises(TypeError, match="float32 or bfloat16 states"):
         Lists(rule, state_dtype=torch.float64).run(rule)
