@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastl2o.rules import Rule
+from tests import tensor_core
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXEMU = ROOT.parent / "shared" / "ptxemu"
@@ -42,11 +43,12 @@ def missing() -> str | None:
 
 @functools.cache
 def emulator() -> ModuleType:
-    """The PTX interpreter."""
+    """The PTX interpreter, with tensor cores that truncate."""
     if str(PTXEMU) not in sys.path:
         sys.path.insert(0, str(PTXEMU))
     import ptxemu
 
+    tensor_core.install()
     return ptxemu
 
 

@@ -277,14 +277,17 @@ def test_one_step_with_given_gradients_is_the_functional_backward(case: common.R
 
 
 @over_families
-def test_a_nan_gradient_stays_nan(case: common.RuleCase) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4028e38])
+def test_a_gradient_at_or_beyond_the_end_of_the_range(case: common.RuleCase, value: float) -> None:
     rule = case.make()
     window = common.random_window(rule, steps=2, runs=1, dim=4)
-    window.grads[0, 0, 2] = torch.nan
-    d_meta, d_state = unroll_backward(rule, window)[:2]
-    expected = common.autograd_unroll(rule, window)
-    assert torch.equal(d_meta.isnan(), expected[0].isnan())
-    assert torch.equal(d_state.isnan(), expected[1].isnan())
+    window.grads[0, 0, 2] = value
+    results = unroll_backward(rule, window)[:2]
+    for result, expected in zip(results, common.autograd_unroll(rule, window), strict=True):
+        assert torch.equal(result.isnan(), expected.isnan())
+        finite = expected.isfinite()
+        assert bool(finite.any())
+        torch.testing.assert_close(result[finite], expected[finite], rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_window_gives_zeros() -> None:

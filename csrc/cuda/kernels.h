@@ -55,6 +55,9 @@ int functional_step(const RuleConfig& config, const float* meta, int64_t numel, 
                     const float* grad, const float* state, float* update, float* new_state,
                     Precision precision, void* stream);
 
+// Whether steps, runs and tiles of a window fit the kernels' 32-bit counters.
+bool countable(const UnrollArgs& args);
+
 int64_t unroll_scratch_floats(const RuleConfig& config, const UnrollArgs& args);
 int unroll_backward(const RuleConfig& config, const float* meta, const UnrollArgs& args,
                     Precision precision, void* stream);

@@ -1,21 +1,27 @@
 // Tensor-core products m16n8k8 and m16n8k4 in TF32 (compute capability 8.0 on), and operands split
 // in two TF32 numbers: hi * hi + hi * lo + lo * hi is as accurate as float32 (the dropped lo * lo
-// is below 2^-22 of the product).
+// is below 2^-22 of the product). Tensor cores truncate what they add: sums of products start from
+// zero, and what else belongs to them is added afterwards, rounded to nearest.
 #pragma once
 
 #include <cstdint>
 
 namespace fastl2o::cuda {
 
-// Rounded to the 11 significant bits of TF32, ties away from zero. NaN may become -0 here; its
-// `split` low part is NaN, so no product loses it.
+inline constexpr float kTf32Max = 0x1.ffcp127f;
+
+// Rounded to the 11 significant bits of TF32, ties away from zero, where |x| <= kTf32Max. NaN may
+// become -0 here; its `split` low part is NaN, so no product loses it.
 __device__ __forceinline__ uint32_t tf32_high(float x) {
   return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
 }
 
-// x = hi + lo for finite x. The tensor core reads the leading 11 bits of lo's 12.
+// x = hi + lo. The tensor core reads the leading 11 bits of lo's 12. With kAny beyond kTf32Max too:
+// hi stays finite, so lo is infinite where x is and NaN where x is, and the products with the high
+// part of a finite number add up to what x times the number would be.
+template <bool kAny>
 __device__ __forceinline__ void split(float x, uint32_t& hi, uint32_t& lo) {
-  hi = tf32_high(x);
+  hi = tf32_high(kAny ? fmaxf(fminf(x, kTf32Max), -kTf32Max) : x);
   lo = __float_as_uint(x - __uint_as_float(hi));
 }
 

@@ -1,5 +1,6 @@
 // The in-place step over lists of tensors and the functional step: launches on the caller's stream,
-// no allocation, no synchronisation, so both can be captured into a graph.
+// no allocation, no synchronisation, so both can be captured into a graph. (To raise for gradients
+// that are not finite, the op reads the flags of the scan and so cannot.)
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -68,7 +69,10 @@ cudaError_t launch(const Device& device, const StepArgs& args, cudaStream_t stre
   // Not the device's capability: an older image may have been compiled for it on loading.
   cudaFuncAttributes image;
   const cudaError_t error = cudaFuncGetAttributes(&image, step_kernel<kRnnprop, kExact, State>);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // returned here, it must not be reported by someone's next launch too
+    return error;
+  }
   const int major = image.ptxVersion / 10;
   if (step_products(kExact, major) == Products::fma)
     return launch_as<kRnnprop, true, Products::fma, State>(device, major, args, stream);

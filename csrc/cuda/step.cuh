@@ -102,14 +102,14 @@ struct Operand {
       if constexpr (kProducts == Products::fma)
         high[j] = __float_as_uint(x[j]);
       else if constexpr (kSplit)
-        split(x[j], high[j], low[j]);
+        split<false>(x[j], high[j], low[j]);  // h and inputs that the projection gives
       else
         high[j] = tf32_nearest(x[j]);
     }
   }
 };
 
-// sums[a] += x times the fragments of one column tile, for both row tiles a. The three partial
+// sums[a] = x times the fragments of one column tile, for both row tiles a. The three partial
 // products go to two accumulators: what the small ones round off stays small.
 template <int kGroups, Products kProducts>
 __device__ __forceinline__ void multiply(const Operand<kProducts> (&x)[kGroups],
@@ -117,6 +117,10 @@ __device__ __forceinline__ void multiply(const Operand<kProducts> (&x)[kGroups],
   constexpr bool kExact = kProducts == Products::tf32_split;
   constexpr int parts = kExact ? 2 : 1;
   float small[2][4] = {};
+#pragma unroll
+  for (int a = 0; a < 2; ++a)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) sums[a][r] = 0.0f;
 #pragma unroll
   for (int s = 0; s < kGroups / 2; ++s) {
     uint32_t b[2 * parts];

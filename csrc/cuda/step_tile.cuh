@@ -43,8 +43,8 @@ struct Planes {
 
 // The part of the sums of unit 4p + t that does not depend on units: bias and features.
 template <bool kFeatures>
-__device__ __forceinline__ void start_sums(const float (&features)[2][4], const float* affine,
-                                           const Lane& lane, int p, UnitSums& sums) {
+__device__ __forceinline__ void affine_sums(const float (&features)[2][4], const float* affine,
+                                            const Lane& lane, int p, UnitSums& sums) {
   constexpr int rows = kFeatures ? 3 : 1;
   const float4* unit = reinterpret_cast<const float4*>(affine) + rows * (4 * p + lane.quad);
   const float4 bias = unit[0];
@@ -80,7 +80,7 @@ __device__ __forceinline__ void run_layer(const Operand<kProducts> (&x)[kGroups]
   UnitSums all[kAtOnce ? kPairs : 1];
   if constexpr (kAtOnce) {
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) start_sums<kFeatures>(features, affine, lane, p, all[p]);
+    for (int p = 0; p < kPairs; ++p) affine_sums<kFeatures>(features, affine, lane, p, all[p]);
     multiply_rows(x, weights, lane, all);
   }
   float cell[4], next_cell[4];  // c of this group of units and the next: in flight while one works
@@ -92,9 +92,14 @@ __device__ __forceinline__ void run_layer(const Operand<kProducts> (&x)[kGroups]
     if (p + 1 < kPairs) state.read(kPairs + p + 1, lane, next_cell);
     UnitSums& sums = all[kAtOnce ? p : 0];
     if constexpr (!kAtOnce) {
-      start_sums<kFeatures>(features, affine, lane, p, sums);
 #pragma unroll
       for (int q = 0; q < 2; ++q) multiply(x, weights + (2 * p + q) * kPerTile, lane.lane, sums[q]);
+      UnitSums rest;
+      affine_sums<kFeatures>(features, affine, lane, p, rest);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) gate_of(sums, gate, j) += gate_of(rest, gate, j);
     }
 
     float next[4], output[4];

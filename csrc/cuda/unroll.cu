@@ -157,6 +157,7 @@ Device current_device() {
       device.major = image.ptxVersion / 10;
     cudaDeviceGetAttribute(&device.available, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   }
+  cudaGetLastError();  // a failed query must not be reported by someone's next launch
   return device;
 }
 
@@ -195,6 +196,11 @@ cudaError_t launch(const WindowArgs& args, const Device& device, Precision preci
 
 }  // namespace
 
+bool countable(const UnrollArgs& args) {
+  const int64_t most_tiles = window_tiles(args, current_device().major);
+  return std::max({args.steps, args.runs, most_tiles}) <= INT32_MAX - kMaxPartials;
+}
+
 int64_t unroll_scratch_floats(const RuleConfig& config, const UnrollArgs& args) {
   const Device device = current_device();
   return window_scratch_floats(config, args, device.major, device.available);
@@ -208,9 +214,7 @@ int unroll_backward(const RuleConfig& config, const float* meta, const UnrollArg
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int64_t count = MetaLayout(config).total;
   const WindowArgs window = window_args(config, meta, args, device.major);
-  // Kernels count steps, runs and tiles in 32 bits.
-  if (std::max({args.steps, args.runs, window.tiles}) > INT32_MAX - kMaxPartials)
-    return cudaErrorInvalidValue;
+  if (!countable(args)) return cudaErrorInvalidValue;
   if (window.tiles > 0) {
     const cudaError_t error = config.is_rnnprop()
                                   ? launch<true>(window, device, precision, cuda_stream)

@@ -23,8 +23,8 @@ struct Split {
 
   __device__ __forceinline__ void set(float first, float second) {
     if constexpr (kExact) {
-      split(first, high[0], low[0]);
-      split(second, high[1], low[1]);
+      split<true>(first, high[0], low[0]);
+      split<true>(second, high[1], low[1]);
     } else {
       high[0] = tf32_nearest(first);
       high[1] = tf32_nearest(second);
@@ -32,7 +32,7 @@ struct Split {
   }
 };
 
-// A sum of products. The small parts have an accumulator of their own, as in the step.
+// A sum of products only. The small parts have an accumulator of their own, as in the step.
 template <bool kExact>
 struct Sum {
   float large[4] = {};
@@ -169,11 +169,6 @@ __device__ __forceinline__ Gates gates_of(const Split<kExact> (&x)[2 * kSteps], 
   constexpr int size = 64 * Place<kExact>::kParts;
   Sum<kExact> sums[2];
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    sums[0].large[2 * j] = bias.x, sums[0].large[2 * j + 1] = bias.y;
-    sums[1].large[2 * j] = bias.z, sums[1].large[2 * j + 1] = bias.w;
-  }
-#pragma unroll
   for (int q = 0; q < 2; ++q)
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
@@ -181,10 +176,10 @@ __device__ __forceinline__ Gates gates_of(const Split<kExact> (&x)[2 * kSteps], 
   Gates out;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    out.i[j] = sigmoid(sums[0][2 * j]);
-    out.f[j] = sigmoid(sums[0][2 * j + 1]);
-    out.cand[j] = tanh_accurate(sums[1][2 * j]);
-    out.o[j] = sigmoid(sums[1][2 * j + 1]);
+    out.i[j] = sigmoid(sums[0][2 * j] + bias.x);
+    out.f[j] = sigmoid(sums[0][2 * j + 1] + bias.y);
+    out.cand[j] = tanh_accurate(sums[1][2 * j] + bias.z);
+    out.o[j] = sigmoid(sums[1][2 * j + 1] + bias.w);
   }
   return out;
 }
