@@ -227,7 +227,7 @@ def test_lists_it_cannot_take_are_refused_before_anything_changes() -> None:
     lists.steps = [torch.zeros(())]
     with pytest.raises(ValueError, match="expected 4 grads and states and 0 steps for 4 params"):
         lists.run(rule)
-    with pytest.raises(ValueError, match=r"grad_scale: expected 1 contiguous torch.float32"):
+    with pytest.raises(ValueError, match=r"grad_scale: expected 1 contiguous float32"):
         Lists(rule).run(rule, grad_scale=torch.ones(2))
     with pytest.raises(TypeError, match="float32 or bfloat16 states"):
         Lists(rule, state_dtype=torch.float64).run(rule)

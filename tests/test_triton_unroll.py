@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_executed_ptx_is_as_accurate_as_plain_torch(name: str, architecture: int
     recorded = common.random_window(rule, steps=2, runs=3, dim=37, last=architecture == 80)
     block = 128 if name.startswith("lstm") else 64
     assert_window(name, recorded, run_window(name, architecture, block, recorded))
+
+
+def test_a_barrier_stands_on_both_sides_of_every_layer() -> None:
+    # The emulator does not see races in global memory, where the rows are.
+    ptx = window_module("rnnprop-3x2", 80, 32).ptx
+    found = re.findall(
+        r"^\s*(?:call\S* \S*window_layers_\$_(\w+?)__|(bar)\.sync)", ptx, re.MULTILINE
+    )
+    parts = [call or barrier for call, barrier in found]
+    layers = [index for index, part in enumerate(parts) if part == "forward_layer"]
+    assert len(layers) >= 2
+    assert all(parts[index - 1] == parts[index + 1] == "bar" for index in layers)
 
 
 def test_twenty_steps_and_two_programs_are_the_same_bits_each_time() -> None:
