@@ -147,8 +147,8 @@ void run_window(const Call& call, const RuleConfig& config, const Tensor& meta,
   UnrollArgs args{window};
   STD_TORCH_CHECK(fastl2o::cuda::countable(args), "a window of ", window.steps, " steps and ",
                   window.runs, " runs of ", window.dim,
-                  " coordinates: the CUDA kernels count "
-                  "steps, runs and tiles of coordinates in 32 bits; pass fewer in a call");
+                  " coordinates is beyond the CUDA kernels' 32-bit counters of steps, runs and "
+                  "tiles of coordinates; pass fewer in a call");
   const Tensor scratch =
       call.scratch(fastl2o::cuda::unroll_scratch_floats(config, args), ScalarType::Float);
   args.scratch = mutable_floats(scratch);
