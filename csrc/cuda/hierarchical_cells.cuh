@@ -43,6 +43,28 @@ __device__ __forceinline__ void split_float(float x, int& exponent, float& manti
   mantissa = __int_as_float(bits - (exponent << 23));
 }
 
+// Of NaN and a number NaN, unlike fminf.
+__device__ __forceinline__ float minimum(float x, float most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return at_most(x, most);
+#else
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
+  return y;
+#endif
+}
+
+// u h + (1 - u) c with u = sigmoid(update) and c = tanh(candidate), over one denominator:
+// u = 1 / (1 + e) and c = (m - 1) / (m + 1) with e = e^-update and m = e^2candidate, which are kept
+// so small that their product is finite.
+__device__ __forceinline__ float next_unit(float update, float candidate, float h) {
+  const float e = exp2_approx(minimum(-kLog2E * update, 60.0f));
+  const float m = exp2_approx(minimum(2.0f * kLog2E * candidate, 60.0f));
+  const float bottom = m + 1.0f;
+  const float top = fmaf(h, bottom, e * (m - 1.0f));
+  return top * reciprocal(fmaf(e, bottom, bottom));
+}
+
 // The rounding of x log2(e) is made up for: x may be as large as 34.
 __device__ __forceinline__ float exp_accurate(float x) {
   const float high = x * kLog2E;

@@ -120,13 +120,18 @@ struct SweepTile {
 
   __device__ __forceinline__ void read_grad(Values& out) const {
 #pragma unroll
-    for (int j = 0; j < kPer; ++j) {
+    for (int j = 0; j < kPer; ++j)
       out[j] = inside(j) ? load_element(grad, dtype, at + 32 * j) : 0.0f;
+  }
+  // What the rule sees of the gradient that was read.
+  __device__ __forceinline__ void adjust_grad(Values& g) const {
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
       if (args.grad_scale != nullptr) {
-        out[j] /= *args.grad_scale;
-        if (inside(j)) store_element(grad, dtype, at + 32 * j, out[j]);
+        g[j] /= *args.grad_scale;
+        if (inside(j)) store_element(grad, dtype, at + 32 * j, g[j]);
       }
-      if (args.maximize) out[j] = -out[j];
+      if (args.maximize) g[j] = -g[j];
     }
   }
 
@@ -230,6 +235,7 @@ struct SweepTile {
 #pragma unroll
     for (int s = 0; s < kScales; ++s) read(from, squares[s]);
     read(from, rate);
+    adjust_grad(g);  // after all reads have been issued
 
     Values average_decay, square_decay, mask;
     decays(h, average_decay, square_decay);
@@ -272,8 +278,7 @@ struct SweepTile {
       const float4 last = product(2 * kUnits + k, bias[2 * kUnits + k], x, reset, candidate);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        const float c = tanh_accurate(candidate[j]);
-        next[j] = fmaf(sigmoid(update[j]), h[k][j] - c, c);
+        next[j] = next_unit(update[j], candidate[j], h[k][j]);
         d[j] = fmaf(last.z, next[j], d[j]);
         eta[j] = fmaf(last.w, next[j], eta[j]);
       }
