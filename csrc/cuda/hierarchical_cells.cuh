@@ -15,6 +15,11 @@ __device__ __forceinline__ float inverse_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// By Newton's step on the approximation, for x > 0.
+__device__ __forceinline__ float root_accurate(float x) {
+  const float inverse = inverse_root(x), root = x * inverse;
+  return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+}
 __device__ __forceinline__ float root_approx(float x) {
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -22,6 +27,14 @@ __device__ __forceinline__ float root_approx(float x) {
 }
 
 inline constexpr float kLn2 = 0.693147181f;
+
+// A decay, above 0 so that its roots are defined. What an average takes of a new value is 1 less
+// this, so the reciprocal's error would count many times over.
+__device__ __forceinline__ float decay_of(float x) {
+  const float bottom = at_most(1.0f + exp2_approx(-kLog2E * x), 1e30f);
+  const float decay = reciprocal(bottom);
+  return fmaf(fmaf(-bottom, decay, 1.0f), decay, decay);
+}
 
 // log(|x| + sqrt(1 + x^2)) cancels near zero only as a logarithm of about 1: there an odd minimax
 // polynomial, relative error 2.9e-8.

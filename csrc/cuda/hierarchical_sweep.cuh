@@ -135,7 +135,7 @@ struct SweepTile {
     }
   }
 
-  // Of the averages and of the squares, from the old h.
+  // Of the averages, not for a first step, and of the squares, from the old h.
   __device__ __forceinline__ void decays(const Values (&h)[kUnits], Values& average,
                                          Values& square) const {
 #pragma unroll
@@ -152,11 +152,11 @@ struct SweepTile {
         average[j] = fmaf(weight.y, h[k][j], average[j]);
       }
     }
+    const bool first_step = bias[kFirstStep] != 0.0f;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
-      const bool first_step = bias[kFirstStep] != 0.0f;
-      average[j] = first_step ? 0.0f : sigmoid(average[j]);
-      square[j] = first_step ? 0.0f : sigmoid(square[j]);
+      average[j] = decay_of(average[j]);
+      square[j] = first_step ? 0.0f : decay_of(square[j]);
     }
   }
 
@@ -167,6 +167,7 @@ struct SweepTile {
                                            const Values& square_decay,
                                            Values (&x)[kColumns]) const {
     State *average_plane = plane(kAverages), *square_plane = plane(kSquares);
+    const bool first_step = bias[kFirstStep] != 0.0f;
     Values logs[kScales], mean = {};
     int exponents[kPer];
 #pragma unroll
@@ -174,7 +175,7 @@ struct SweepTile {
       Values average, square;
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        average[j] = mixed(average_decay[j], averages[s][j], grad[j]);
+        average[j] = mixed(first_step ? 0.0f : average_decay[j], averages[s][j], grad[j]);
         const float fresh = fmaf(average[j], average[j], kSquareEps);
         square[j] = mixed(square_decay[j], squares[s][j], fresh);
         const float sum = square[j] + kRmsEps;
@@ -187,7 +188,7 @@ struct SweepTile {
         // mantissa is 1, becomes NaN.
         logs[s][j] = log2_approx(mantissa) + fmaf(sum, 0.0f, float(exponent - exponents[j]));
         mean[j] += logs[s][j];
-        if (s + 1 < kScales) average_decay[j] = root_approx(average_decay[j]);
+        if (s + 1 < kScales) average_decay[j] = root_accurate(average_decay[j]);
       }
       write(average_plane, average);
       write(square_plane, square);
