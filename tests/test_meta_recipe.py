@@ -84,6 +84,8 @@ def mnist(tmp_path: Path) -> Path:
         "lstm-mnist-late",
         "lstm-mnist",
         "rnnprop-mnist",
+        "hierarchical-small-start",
+        "hierarchical-small",
     ],
 )
 def test_committed_recipes_build(name: str, mnist: Path) -> None:
