@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ import torch
 import fastl2o
 from fastl2o import backends, ops
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python bench/device.py
+from bench.hierarchical import Problem
+
 DEVICE = "cuda"
 REPEATS = 50
 WINDOW = 20  # steps of a window
+PROBLEM_TENSORS = 16  # of the hierarchical rule's timing
 FLUSH_BYTES = 512 << 20
 
 
@@ -52,6 +57,20 @@ def check(rule: Any) -> None:
             ops.step_(rule, [param], [grad], [state], [count])
         results.append((param, state))
     for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_problem(rule: Any) -> None:
+    """Two steps of a hierarchical rule on more tensors than a launch's arguments hold."""
+    problems = []
+    for name in (backends.requested(), "reference"):
+        problem = Problem(rule, 301, 60, DEVICE)
+        with fastl2o.backend(name):
+            problem.step()
+            problem.step()
+        state = problem.state
+        problems.append([*problem.params, *state.planes, *state.tensors, problem.hidden])
+    for found, expected in zip(*problems, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -140,6 +159,11 @@ def rows(numel: int) -> list[dict[str, Any]]:
                 lambda f=whole, r=rule, s=state: f(r, param, grad, s),
                 least,
             )
+    hierarchical = fastl2o.HierarchicalRule().to(DEVICE)
+    check_problem(hierarchical)
+    problem = Problem(hierarchical, numel // PROBLEM_TENSORS, PROBLEM_TENSORS, DEVICE)
+    add(f"hierarchical {backends.requested()}", lambda: problem.step("pass"), 172)
+    add("hierarchical eager", problem.eager, 172)
     model = torch.nn.Parameter(param.clone())
     model.grad = grad
     adam = torch.optim.Adam([model], fused=True)

@@ -29,21 +29,22 @@ WINDOW, WINDOW_SIZES = 50, (2_000, 100) * 10
 class Problem:
     """Parameters, gradients and state of ``count`` tensors of ``size``."""
 
-    def __init__(self, rule: HierarchicalRule, size: int, count: int) -> None:
+    def __init__(self, rule: HierarchicalRule, size: int, count: int, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(1)
         self.rule = rule
-        self.params = [torch.randn(size, generator=generator) for _ in range(count)]
-        self.grads = [torch.randn(size, generator=generator).mul_(1e-2) for _ in range(count)]
+        self.params = [torch.randn(size, generator=generator).to(device) for _ in range(count)]
+        grads = [torch.randn(size, generator=generator).mul_(1e-2) for _ in range(count)]
+        self.grads = [grad.to(device) for grad in grads]
         self.state = rule.init_problem(self.params, 0)
-        self.steps = [torch.zeros(()) for _ in range(count)]
+        self.steps = [torch.zeros((), device=device) for _ in range(count)]
         self.hidden = self.state.hidden.unsqueeze(0).clone()
 
-    def step(self) -> None:
+    def step(self, nonfinite: str = "raise") -> None:
         """One step by the list op."""
         count = len(self.params)
         hierarchical.step_(
             self.rule, self.params, self.grads, self.state.planes, self.state.tensors, self.steps,
-            self.hidden, lr=[1.0] * count, weight_decay=[0.0] * count,
+            self.hidden, lr=[1.0] * count, weight_decay=[0.0] * count, nonfinite=nonfinite,
         )  # fmt: skip
 
     @torch.no_grad()

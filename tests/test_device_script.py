@@ -38,7 +38,7 @@ def test_every_row_is_checked_and_reported(
     ]
     # A window of 50 coordinates and 20 steps in a millisecond.
     assert measured[-1]["ns a coordinate-step"] == 1000.0
-    assert len(capsys.readouterr().out.splitlines()) == len(methods) == 9
+    assert len(capsys.readouterr().out.splitlines()) == len(methods) == 11
 
 
 def test_windows_are_compared_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
