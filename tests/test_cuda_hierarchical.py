@@ -261,9 +261,9 @@ def test_grid_size_and_company_do_not_change_a_bit() -> None:
     step_(rule, one, grid=1)
     step_(rule, other, grid=3)
     assert same_bits(one.tensors(), other.tensors())
-    # The same problem beside another one.
-    pair = [before.clone(), Problem.make(rule, [(300,)], seed=4)]
-    everything, problems = joined(pair, [(1, 0), (0, 0), (0, 1)])
+    # The same problem beside another one, whose tensors make the call's go to the list.
+    pair = [before.clone(), Problem.make(rule, [(1,)] * 50, seed=4)]
+    everything, problems = joined(pair, [*((1, i) for i in range(50)), (0, 0), (0, 1)])
     step_(rule, everything, problems=problems)
     assert same_bits([*one.params, *one.planes], [*pair[0].params, *pair[0].planes])
     assert torch.equal(one.hidden[0], everything.hidden[0])

@@ -46,8 +46,12 @@ __global__ void __launch_bounds__(kProblemThreads)
   const int problem = blockIdx.x, lane = threadIdx.x % 32;
   const Range range = problem_entries(args, problem);
   RateSum sum;
-  for (int i = range.first + int(threadIdx.x); i < range.last; i += kProblemThreads)
-    sum.add(args, entries[i]);
+  // A problem that fits a launch's arguments is summed as a warp of the sweep does it there: its
+  // bits do not depend on the company it has.
+  const int adding = range.last - range.first <= kEntries ? 32 : kProblemThreads;
+  if (int(threadIdx.x) < adding)
+    for (int i = range.first + int(threadIdx.x); i < range.last; i += adding)
+      sum.add(args, entries[i]);
   sum.add_lanes();
   if (lane == 0) sums[threadIdx.x / 32] = sum;
   __syncthreads();
