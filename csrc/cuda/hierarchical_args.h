@@ -4,13 +4,8 @@
 
 #include <cstdint>
 
+#include "both.h"
 #include "hierarchical_config.h"
-
-#if defined(__CUDACC__)
-#define FASTL2O_SHARED_CODE __host__ __device__ __forceinline__
-#else
-#define FASTL2O_SHARED_CODE inline
-#endif
 
 namespace fastl2o::cuda {
 
@@ -27,12 +22,12 @@ static_assert(kSizes.param_size == kUnits && kSizes.num_scales == kScales &&
 
 // A warp sums over a chunk: at least 256 coordinates, so that few sums are written, and more where
 // a tensor would have more than 8,192 of them. Depends on the tensor alone, as do the sums' bits.
-FASTL2O_SHARED_CODE int64_t chunk_size(int64_t numel) {
+FASTL2O_BOTH int64_t chunk_size(int64_t numel) {
   int64_t size = 256;
   while (numel > 8192 * size) size *= 2;
   return size;
 }
-FASTL2O_SHARED_CODE int64_t chunk_count(int64_t numel) {
+FASTL2O_BOTH int64_t chunk_count(int64_t numel) {
   const int64_t size = chunk_size(numel);
   return (numel + size - 1) / size;
 }

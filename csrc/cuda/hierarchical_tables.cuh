@@ -28,7 +28,7 @@ __device__ __forceinline__ bool skipped(const HierarchicalArgs& args,
   return args.flags != nullptr && args.flags[entry.index] != 0;
 }
 
-// The first entry in [low, high) for which `beyond` does not hold; it holds for all before that.
+// The first entry in [low, high) for which `before` does not hold; it holds for all below that.
 template <typename Before>
 __device__ __forceinline__ int first_entry(int low, int high, Before before) {
   while (low < high) {

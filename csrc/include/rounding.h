@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTL2O_BOTH __host__ __device__ __forceinline__
-#else
-#define FASTL2O_BOTH static inline
-#endif
+#include "both.h"
 
 namespace fastl2o {
 
