@@ -1,13 +1,14 @@
-"""The hierarchical rule on the CPU: ``python -m bench.hierarchical``, about two minutes.
+"""The hierarchical rule on the CPU: ``python -m bench.hierarchical``, about three minutes.
 
-The step against eager torch and our own LSTM step, its scaling, and the window's gradient against
-eager autograd. Prints a table and writes it to ``bench/reports/hierarchical.md``.
+The step against eager torch, torch.compile and our own LSTM step, its scaling, and the window's
+gradient against eager autograd. Prints a table and writes it to ``bench/reports/hierarchical.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,33 @@ class Problem:
         for param, update in zip(self.params, updates, strict=True):
             assert update is not None
             param.add_(update)
+
+
+class CompiledRule(HierarchicalRule):
+    """The rule with both halves of a tensor's step under ``torch.compile``."""
+
+    reference_sweep = torch.compile(HierarchicalRule.reference_sweep, fullgraph=True)
+    reference_finish = torch.compile(HierarchicalRule.reference_finish, fullgraph=True)
+
+
+def compiled(rule: HierarchicalRule) -> Problem:
+    """The eager contender with a compiled rule, already compiled."""
+    twin = CompiledRule()
+    twin.load_state_dict(rule.state_dict())
+    problem = Problem(twin, 20_000, 50)
+    with warnings.catch_warnings():
+        # torch's own warnings while it compiles are none of this benchmark's.
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            problem.eager()
+    plain = Problem(rule, 20_000, 50)
+    for _ in range(3):
+        plain.eager()
+    error = max(
+        float((a - b).abs().max()) for a, b in zip(problem.params, plain.params, strict=True)
+    )
+    require(error < 1e-5, f"compiled: parameters differ from eager torch by {error:.1e}")
+    return problem
 
 
 def gate(rule: HierarchicalRule) -> None:
@@ -116,7 +144,7 @@ def measure(seconds: float) -> list[Figure]:
     contest = Contest(
         {
             "ours": ours.step, "eager": Problem(rule, 20_000, 50).eager, "lstm": lstm.step,
-            "one": one.step, "many": many.step,
+            "one": one.step, "many": many.step, "compiled": compiled(rule).eager,
         },
         seconds,
     )  # fmt: skip
@@ -124,6 +152,7 @@ def measure(seconds: float) -> list[Figure]:
     figures = [
         contest.time("ours", "step, 1e6 parameters in 50 tensors", "ns/parameter", MILLION),
         contest.ratio("eager", "ours", "against eager torch", Target(10.0)),
+        contest.ratio("compiled", "ours", "against torch.compile", Target(5.0)),
         contest.ratio("lstm", "ours", "against our LSTM step, per parameter", Target(4.0)),
         contest.ratio("many", "one", "1,000 x 1,000 over 1 x 1,000,000", Target(1.5, False)),
     ]

@@ -19,6 +19,12 @@ SHAPES = ((5, 3), (7,), (), (0,), (65,), (2049,), (1,))
 TOLERANCE = 1e-5  # of the largest number of a tensor, of the norm of a gradient
 
 
+def op_sizes(rule: HierarchicalRule) -> dict[str, int]:
+    """What the ops know of a rule."""
+    names = ("param_size", "tensor_size", "global_size", "num_scales")
+    return {name: getattr(rule, name) for name in names}
+
+
 def make_rule(sizes: Sequence[int] = DEFAULT, seed: int = 0) -> HierarchicalRule:
     """A rule in float64 that float32 holds exactly, none of whose readouts is zero."""
     rule = HierarchicalRule(*sizes)
@@ -110,7 +116,7 @@ def run_op(rule: HierarchicalRule, problem: Problem, **changes: Any) -> None:
         global_states=problem.hidden,
         problems=[],
         meta=rule.flat_parameters().detach().float(),
-        **rule.config(),
+        **op_sizes(rule),
         lr=[1.0] * count,
         weight_decay=[0.0] * count,
         maximize=False,
@@ -128,7 +134,7 @@ def run_core(isa: str, rule: HierarchicalRule, problem: Problem, threads: int = 
     arrays = ([t.numpy() for t in part] for part in (new.params, new.grads, new.planes))
     core.hierarchical_step(
         isa,
-        list(rule.config().values()),
+        list(op_sizes(rule).values()),
         meta,
         *arrays,
         states,

@@ -10,11 +10,10 @@ from torch import Tensor
 
 import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer
-from fastl2o import _ops_hierarchical as hierarchical
 from kernels.hierarchical import step
 from kernels.hierarchical.config import StepConfig
 from tests.optimizers import run_steps, snapshot
-from tests.test_hierarchical_ops import Problem, close
+from tests.test_hierarchical_ops import Problem, close, problems_are_apart, skipped_tensors_rest
 from tests.test_hierarchical_rule import detached, make
 
 # NaN and Inf go through on purpose; NumPy, which the interpreter computes with, remarks on them.
@@ -101,42 +100,11 @@ def test_dtypes_mix_in_one_call() -> None:
 
 
 def test_problems_of_one_call_are_apart() -> None:
-    rule = make(*SIZES, dtype=torch.float32)
-    both = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
-    alone = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
-    hidden = torch.cat([*(problem.hidden for problem in both), torch.full((1, 5), 3.0)])
-    for _ in range(2):
-        grads = [problem.draw() for problem in both]
-        lists = [
-            [tensor for problem in both for tensor in getattr(problem, name)]
-            for name in ("planes", "tensors", "steps")
-        ]
-        params = [param for problem in both for param in problem.params]
-        hierarchical.step_(
-            rule, params, [*grads[0], *grads[1]], *lists, hidden,
-            problems=[0, 0, 1, 1], lr=[1.0] * 4, weight_decay=[0.0] * 4,
-        )  # fmt: skip
-        for problem in alone:
-            problem.step(rule, problem.draw())
-    for index, (mine, other) in enumerate(zip(both, alone, strict=True)):
-        mine.hidden = hidden[index : index + 1]
-        for found, expected in zip(mine.everything(), other.everything(), strict=True):
-            assert torch.equal(found, expected)
-    assert bool((hidden[2] == 3.0).all())
+    problems_are_apart("triton")
 
 
 def test_skipped_tensors_take_no_part() -> None:
-    rule = make(*SIZES, dtype=torch.float32)
-    mine, alone = Problem(rule, [(9,), (33,)]), Problem(rule, [(9,)])
-    grads = mine.draw()
-    grads[1][7] = torch.nan
-    before = [t[1].clone() for t in (mine.params, mine.planes, mine.tensors, mine.steps)]
-    mine.step(rule, grads, nonfinite="skip")
-    alone.step(rule, grads[:1])
-    after = (mine.params[1], mine.planes[1], mine.tensors[1], mine.steps[1])
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert torch.equal(mine.params[0], alone.params[0])
-    assert torch.equal(mine.hidden, alone.hidden)
+    skipped_tensors_rest("triton")
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "pass"])

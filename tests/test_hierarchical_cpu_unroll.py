@@ -18,6 +18,7 @@ from tests.hierarchical_cpu import (
     TOLERANCE,
     Problem,
     make_rule,
+    op_sizes,
     same_bits,
 )
 from tests.test_cpu_kernels import core, over_isa
@@ -82,7 +83,7 @@ def core_unroll(isa: str, rule: HierarchicalRule, window: Window, threads: int =
     arrays = (window.grads.numpy(), window.state.numpy())
     d_meta, d_state = core.hierarchical_unroll_backward(
         isa,
-        list(rule.config().values()),
+        list(op_sizes(rule).values()),
         meta,
         *arrays,
         window.taken == 0,
@@ -147,7 +148,7 @@ def test_a_window_that_does_not_fit_is_refused() -> None:
     rule = make_rule()
     window = make_window(rule, (15, 7), 2, 1, 0, True)
     arguments = (window.grads, window.state, 0, rule.flat_parameters().detach().float())
-    rest = dict(rule.config(), lr=1.0, weight_decay=0.0)
+    rest = dict(op_sizes(rule), lr=1.0, weight_decay=0.0)
     op = torch.ops.fastl2o.hierarchical_unroll_backward
     for weights, steps, sizes, message in (
         (window.weights, 2, [15, 8], "sizes add up to 23"),

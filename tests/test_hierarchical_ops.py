@@ -100,8 +100,8 @@ def test_steps_are_the_reference_in_float64(sizes: tuple[int, ...], backend: str
     assert [int(step) for step in mine.steps] == state.steps
 
 
-@over_backends
-def test_problems_of_one_call_are_apart(backend: str) -> None:
+def problems_are_apart(backend: str) -> None:
+    """Two problems in one call against each in a call of its own."""
     rule = make(3, 4, 5, 2, dtype=torch.float32)
     both = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
     alone = [Problem(rule, [(40,), (3, 5)], seed=seed) for seed in (1, 2)]
@@ -128,7 +128,12 @@ def test_problems_of_one_call_are_apart(backend: str) -> None:
 
 
 @over_backends
-def test_skipped_tensors_take_no_part(backend: str) -> None:
+def test_problems_of_one_call_are_apart(backend: str) -> None:
+    problems_are_apart(backend)
+
+
+def skipped_tensors_rest(backend: str) -> None:
+    """A call that skips a tensor against one without it."""
     rule = make(3, 4, 5, 2, dtype=torch.float32)
     mine, alone = Problem(rule, [(9,), (33,)]), Problem(rule, [(9,)])
     grads = mine.draw()
@@ -144,6 +149,11 @@ def test_skipped_tensors_take_no_part(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(mine.params[0], alone.params[0])
     assert torch.equal(mine.hidden, alone.hidden)
+
+
+@over_backends
+def test_skipped_tensors_take_no_part(backend: str) -> None:
+    skipped_tensors_rest(backend)
 
 
 @over_backends
