@@ -319,7 +319,7 @@ class HierarchicalRule(Rule):
             weights: the meta-parameters by name, in the dtype of the maths.
         """
         h_size, scales = self.param_size, self.num_scales
-        rows = planes.to(hidden.dtype).reshape(self.state_planes, -1)
+        rows = planes.to(hidden.dtype).reshape(self.state_planes, grad.numel())
         h, averages, squares = rows[: h_size + 2 * scales].split((h_size, scales, scales))
         log_rate = rows[h_size + 2 * scales]
         k = tensor[:-1].to(hidden.dtype)
@@ -345,13 +345,14 @@ class HierarchicalRule(Rule):
         raw = torch.exp(eta + weights["log_rate_offset"]) * d
         momentum = torch.sigmoid(weights["rate_momentum"])
         log_rate = momentum * log_rate + (1 - momentum) * eta
-        kept, summed = [h, averages, squares, log_rate[None]], [h, inputs, d * d, log_rate]
+        kept = [h, averages, squares, log_rate[None]]
+        summed = [h, inputs, (d * d)[None], log_rate[None]]
         if self.attention:
             d = weights["attention_direction"] @ h + weights["attention_shortcut"] @ scaled
             kept.append((torch.exp(eta) * d)[None])
-            summed.append(d * d)
+            summed.append((d * d)[None])
         new_planes = torch.cat(kept).to(planes.dtype).reshape(planes.shape)
-        sums = torch.cat([row.reshape(-1, row.shape[-1]) for row in summed]).sum(dim=1)
+        sums = torch.cat(summed).sum(dim=1)
         return Sweep(raw.reshape(grad.shape), new_planes, sums)
 
     def reference_finish(
