@@ -118,6 +118,9 @@ def test_wheel_from_the_sdist_is_abi3_and_steps(sdist: Path, tmp_path: Path) -> 
     zoo = [path.name for path in (ROOT / "fastl2o" / "zoo").glob("*.*") if path.suffix != ".py"]
     expected |= {f"fastl2o/recipes/{name}" for name in recipes}
     expected |= {f"fastl2o/zoo/{name}" for name in zoo}
+    kernels = [path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*.py")]
+    expected |= {f"fastl2o/{name}" for name in kernels}
+    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastl2o").rglob("*.py")}
     assert expected <= set(names), expected - set(names)
     package, extension = installed_step(wheel, tmp_path)
     assert package.startswith(str(tmp_path))
