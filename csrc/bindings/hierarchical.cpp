@@ -29,7 +29,8 @@ void step(const std::string& isa, const Sizes& sizes, const FloatArray& meta,
   for (size_t i = 0; i < params.size(); ++i)
     tensors.push_back({params[i].mutable_data(), grads[i].mutable_data(), planes[i].mutable_data(),
                        states.mutable_data(py::ssize_t(i), 0), steps.mutable_data(py::ssize_t(i)),
-                       params[i].size(), params[i].size(), DType::f32, problems.at(i), lr, weight_decay});
+                       params[i].size(), params[i].size(), DType::f32, problems.at(i), lr,
+                       weight_decay});
   fastl2o::cpu::HierarchicalOptions options;
   options.nonfinite = fastl2o::cpu::NonFinite::pass;
   fastl2o::cpu::hierarchical_step(kernels_named(isa), config, meta.data(), tensors,
