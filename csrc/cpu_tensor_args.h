@@ -42,6 +42,15 @@ inline void check_finite(int64_t bad) {
                   "nonfinite='skip' (leave such tensors alone) or 'pass' (feed them to the rule)");
 }
 
+// Sets of meta-parameters: 1 of a vector, or the rows of a matrix, one for each of `count` things.
+inline int64_t meta_sets(const Tensor& meta, int64_t count, const char* things) {
+  if (meta.dim() == 1) return 1;
+  STD_TORCH_CHECK(meta.dim() == 2 && meta.size(0) == count,
+                  "meta must be a vector of meta-parameters, or a matrix with a row for each of ",
+                  count, " ", things);
+  return count;
+}
+
 inline void parallel_for(int64_t count, const cpu::RangeBody& body) {
   torch::stable::parallel_for(0, count, 1, body);
 }

@@ -25,15 +25,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 HierarchicalConfig checked_config(const Tensor& meta, int64_t param_size, int64_t tensor_size,
-                                  int64_t global_size, int64_t num_scales) {
+                                  int64_t global_size, int64_t num_scales, int64_t sets = 1) {
   HierarchicalConfig config;
   config.param_size = small_number(param_size, 1, fastl2o::kMaxUnits, "param_size");
   config.tensor_size = small_number(tensor_size, 1, fastl2o::kMaxUnits, "tensor_size");
   config.global_size = small_number(global_size, 1, fastl2o::kMaxUnits, "global_size");
   config.num_scales = small_number(num_scales, 1, fastl2o::kMaxScales, "num_scales");
   check_floats(meta, "meta");
-  STD_TORCH_CHECK(meta.numel() == HierarchicalLayout(config).total, "meta holds ", meta.numel(),
-                  " numbers; this rule has ", HierarchicalLayout(config).total, " meta-parameters");
+  STD_TORCH_CHECK(meta.numel() == sets * HierarchicalLayout(config).total, "meta holds ",
+                  meta.numel(), " numbers; this rule has ", HierarchicalLayout(config).total,
+                  " meta-parameters");
   return config;
 }
 
@@ -138,11 +139,13 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
                         std::vector<double> lr, std::vector<double> weight_decay, bool maximize,
                         int64_t nonfinite, std::optional<Tensor> grad_scale,
                         std::optional<Tensor> found_inf) {
+  const int64_t sets = fastl2o::meta_sets(meta, global_states.size(0), "problems");
   const HierarchicalConfig config =
-      checked_config(meta, param_size, tensor_size, global_size, num_scales);
+      checked_config(meta, param_size, tensor_size, global_size, num_scales, sets);
   const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
   HierarchicalOptions options =
       options_of(check_lists(config, lists, global_states), maximize, grad_scale);
+  options.meta_sets = sets;
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
   std::vector<HierarchicalTensor> tensors;

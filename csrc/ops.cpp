@@ -56,10 +56,11 @@ RuleConfig rnnprop_config(int64_t hidden_size, int64_t num_layers, double beta1,
   return config;
 }
 
-void check_config(const RuleConfig& config, const Tensor& meta) {
+// `sets`: rows of meta-parameters that are expected.
+void check_config(const RuleConfig& config, const Tensor& meta, int64_t sets = 1) {
   STD_TORCH_CHECK(meta.scalar_type() == ScalarType::Float && meta.is_contiguous(),
                   "meta must be a contiguous float32 vector of the rule's meta-parameters");
-  STD_TORCH_CHECK(meta.numel() == MetaLayout(config).total, "meta holds ", meta.numel(),
+  STD_TORCH_CHECK(meta.numel() == sets * MetaLayout(config).total, "meta holds ", meta.numel(),
                   " numbers; this rule has ", MetaLayout(config).total, " meta-parameters");
 }
 
@@ -102,8 +103,9 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
               double weight_decay, bool maximize, int64_t nonfinite,
               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
               const std::optional<int64_t>& rounding_seed) {
-  check_config(config, meta);
   StepOptions options;
+  options.meta_sets = fastl2o::meta_sets(meta, int64_t(lists.params.size()), "tensors");
+  check_config(config, meta, options.meta_sets);
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   options.state_dtype = check_lists(config, lists);
   options.stochastic_rounding = rounding_seed.has_value();
@@ -125,6 +127,7 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
                        lists.states[i].mutable_data_ptr(),
                        lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]),
                        param.numel(), fastl2o::dtype_of(param.scalar_type(), "params")});
+    if (options.meta_sets > 1) tensors.back().meta_set = int64_t(i);
   }
   const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta),
                                          tensors, options, parallel_for);

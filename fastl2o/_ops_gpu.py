@@ -9,7 +9,7 @@ Triton is imported by the first call that needs it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +26,7 @@ Named = dict[str, Any]
 _NO_BETAS = (0.0, 0.0)
 _NO_LOG = (False, 1.0, 0.0)
 _LEAST_CAPABILITY = (7, 5)
+_LISTS = (list, tuple)
 
 
 def fast() -> bool:
@@ -99,6 +100,10 @@ def _triton(module: str) -> Any:
 
 def step_(backend: str, rule: Rule, named: Named) -> None:
     """The in-place step by "cuda" or "triton"; `named` holds the arguments of the op's schema."""
+    if named["meta"].dim() == 2:
+        for one in _each_tensor(named):
+            step_(backend, rule, one)
+        return
     lists = (named["params"], named["grads"], named["states"], named.get("steps", ()))
     options = [named[name] for name in ("lr", "weight_decay", "maximize", "nonfinite")]
     scalars = (named["grad_scale"], named["found_inf"])
@@ -110,6 +115,13 @@ def step_(backend: str, rule: Rule, named: Named) -> None:
         *(*map(list, lists), named["meta"], *cuda_arguments(rule), *options, *scalars, fast()),
         *(seed is not None, seed or 0),
     )
+
+
+def _each_tensor(named: Named) -> Iterator[Named]:
+    """The calls of a step whose meta-parameters are a set for each tensor."""
+    for index, meta in enumerate(named["meta"]):
+        lists = {key: [value[index]] for key, value in named.items() if isinstance(value, _LISTS)}
+        yield {**named, **lists, "meta": meta}
 
 
 def step(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Tensor]:
@@ -147,9 +159,10 @@ def _window_start(named: Named, grad: str) -> tuple[Tensor, Tensor, int, Tensor]
 
 def interpreted_step_(rule: Rule, *arguments: Any) -> None:
     """The in-place step by Triton's interpreter; arguments as of the op, without the config."""
-    lists = arguments[: 4 if rule.needs_step else 3]
-    steps = lists[3] if rule.needs_step else ()
-    _triton("step").step_(rule, *lists[:3], steps, *arguments[len(lists) :])
+    taken = ("steps",) if rule.needs_step else ()
+    names = ("params", "grads", "states", *taken, "meta", "lr", "weight_decay", "maximize")
+    names += ("nonfinite", "grad_scale", "found_inf", "rounding_seed")
+    step_("triton", rule, dict(zip(names, arguments, strict=True)))
 
 
 class _InterpretedStep(torch.autograd.Function):

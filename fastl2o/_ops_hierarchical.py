@@ -40,6 +40,7 @@ def step_(
     nonfinite: str = "raise",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    meta: Tensor | None = None,
 ) -> None:
     """Take one step of a hierarchical rule in place on lists of tensors.
 
@@ -57,6 +58,8 @@ def step_(
         lr, weight_decay: of each tensor.
         maximize, nonfinite, grad_scale, found_inf: as for `fastl2o.ops.step_`; a tensor that is
             skipped takes no part in the means.
+        meta: flat meta-parameters `(M,)` in place of the rule's own, or a row for each problem,
+            `(problems, M)`.
 
     Raises:
         As `fastl2o.ops.step_`.
@@ -76,9 +79,15 @@ def step_(
     refuses = gpu.objections(gpu.step_refusal, rule, params[0].device)
     chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
     wide = torch.promote_types(dtype, torch.float32)
+    device = params[0].device
+    if meta is None:
+        meta = rule.flat_buffer(device, wide)
+    else:
+        _check_meta(rule, meta, hidden.shape[0])
+        meta = meta.detach().to(device, wide).contiguous()
     arguments = (
         *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
-        *(list(problems), rule.flat_buffer(params[0].device, wide), *_numbers(rule)),
+        *(list(problems), meta, *_numbers(rule)),
         *([float(x) for x in lr], [float(x) for x in weight_decay], maximize, mode),
         *(grad_scale, found_inf),
     )
@@ -104,6 +113,7 @@ def runs_step_(
     sizes: Sequence[int],
     lr: float,
     weight_decay: float,
+    meta: Tensor | None = None,
 ) -> None:
     """Step a batch of runs in place, each a problem of one list op.
 
@@ -114,6 +124,7 @@ def runs_step_(
         step: steps that the runs have taken.
         sizes: how many of the D coordinates each tensor of a run has.
         lr, weight_decay: as for `fastl2o.ops.step_`.
+        meta: as for `step_`, a problem a run.
     """
     runs, count = params.shape[0], len(sizes)
     rows = [_runs.views(rule, row, sizes) for row in state]
@@ -130,6 +141,7 @@ def runs_step_(
         lr=[lr] * (runs * count),
         weight_decay=[weight_decay] * (runs * count),
         nonfinite="pass",
+        meta=meta,
     )
     for row, new in zip(rows, hidden, strict=True):
         row[2].copy_(new)
@@ -228,7 +240,8 @@ def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[
         [int(steps[i]) for i in mine],
         hidden.to(dtype),
     )
-    updates, new = rule.reference_step(seen, state, named["meta"])
+    meta = named["meta"]
+    updates, new = rule.reference_step(seen, state, meta if meta.dim() == 1 else meta[number])
     for place, i in enumerate(mine):
         update, param = updates[place], params[i]
         if update is None or not param.numel():
@@ -241,6 +254,15 @@ def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[
         tensors[i].copy_(new.tensors[place])
         steps[i].add_(1)
     hidden.copy_(new.hidden)
+
+
+def _check_meta(rule: HierarchicalRule, meta: Tensor, problems: int) -> None:
+    size = rule.num_meta_parameters
+    if meta.shape not in ((size,), (problems, size)):
+        raise ValueError(
+            f"meta: expected shape ({size},), or ({problems}, {size}) with a row for each problem, "
+            f"got {tuple(meta.shape)}"
+        )
 
 
 def _check_step(rule: HierarchicalRule, named: Named) -> None:

@@ -6,7 +6,7 @@ The dispatcher's CUDA key leads here. Triton is imported by the first call that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,7 @@ from .rules import HierarchicalRule
 Named = dict[str, Any]
 Refusal = Callable[[str, HierarchicalRule, torch.device], str]
 
+_LISTS = ("params", "grads", "planes", "tensor_states", "steps", "lr", "weight_decay")
 # The kernels write a unit's products out, so more of them compile for minutes.
 _MAX_TRITON_UNITS = 16
 
@@ -63,6 +64,10 @@ def objections(
 
 def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
     """The in-place step; `named` holds the arguments of the op's schema, shapes checked."""
+    if named["meta"].dim() == 2:
+        for one in _each_problem(named):
+            step_(backend, rule, one)
+        return
     lists = ("params", "grads", "planes", "tensor_states", "steps", "global_states", "problems")
     options = ("lr", "weight_decay", "maximize", "nonfinite", "grad_scale", "found_inf")
     before = [named[name] for name in (*lists, "meta")]
@@ -72,6 +77,18 @@ def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
         return
     step = import_module("fastl2o.kernels.hierarchical.step")
     step.step_(rule, *before, *after)
+
+
+def _each_problem(named: Named) -> Iterator[Named]:
+    """The calls of a step whose meta-parameters are a row for each problem."""
+    count = len(named["params"])
+    problems = named["problems"] or [0] * count
+    for number, meta in enumerate(named["meta"]):
+        mine = [index for index in range(count) if problems[index] == number]
+        if mine:
+            lists = {name: [named[name][index] for index in mine] for name in _LISTS}
+            hidden = named["global_states"][number : number + 1]
+            yield {**named, **lists, "problems": [], "global_states": hidden, "meta": meta}
 
 
 def dispatched(

@@ -58,6 +58,23 @@ def check_lists(
             )
 
 
+def check_rows(
+    rule: Rule, meta: Tensor, count: int, nonfinite: int, rounding_seed: int | None
+) -> None:
+    """Check meta-parameters given to an in-place step: a vector, or a row for each tensor."""
+    size = rule.num_meta_parameters
+    if meta.shape not in ((size,), (count, size)):
+        raise ValueError(
+            f"meta: expected shape ({size},), or ({count}, {size}) with a row for each tensor, got "
+            f"{tuple(meta.shape)}"
+        )
+    if meta.dim() == 2 and (nonfinite != NONFINITE["pass"] or rounding_seed is not None):
+        raise ValueError(
+            "meta with a row for each tensor takes nonfinite='pass' and no rounding_seed: look for "
+            "NaN and Inf before, and round to nearest"
+        )
+
+
 @torch.no_grad()
 def step_(
     rule: CoordinateRule,
@@ -91,8 +108,9 @@ def step_(
             taken = steps[index].clone()
             steps[index].add_(1)
         rounding = None if rounding_seed is None else (rounding_seed, index)
+        own = meta if meta.dim() == 1 else meta[index]
         _step_tensor(
-            rule, param, grad, state, taken, meta, lr, weight_decay, maximize, grad_scale, rounding
+            rule, param, grad, state, taken, own, lr, weight_decay, maximize, grad_scale, rounding
         )
 
 

@@ -40,6 +40,7 @@ def step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     rounding_seed: int | None = None,
+    meta: Tensor | None = None,
 ) -> None:
     """Take one step of `rule` in place on a list of tensors.
 
@@ -64,6 +65,9 @@ def step_(
         found_inf: 1-element tensor; where it is not 0, nothing is touched.
         rounding_seed: a signed 64-bit number: bfloat16 states are rounded stochastically, with the
             same random bits on every backend. Give each step another one. None: to nearest.
+        meta: flat meta-parameters `(M,)` in place of the rule's own, or a row for each tensor,
+            `(len(params), M)`: tensors of several rules of one config, in one call. Rows need
+            `nonfinite="pass"` and no `rounding_seed`.
 
     Raises:
         ValueError, TypeError: a list, shape, dtype or option does not fit.
@@ -102,6 +106,8 @@ def step_(
     state_dtype = states[0].dtype
     if rounding_seed is not None:
         _check_rounding(rounding_seed, family is not None, states)
+    if meta is not None:
+        reference.check_rows(rule, meta, count, mode, rounding_seed)
     unsupported = ""
     if family is None:
         unsupported = f"there are no kernels for rules of family {rule.family!r}"
@@ -116,10 +122,13 @@ def step_(
         unsupported,
         refuses=_ops_gpu.objections(rule, device),
     )
-    if chosen == "reference" or family is None:
-        meta = rule.flat_buffer(
-            device, torch.float64 if state_dtype == torch.float64 else torch.float32
-        )
+    wide = torch.float64 if state_dtype == torch.float64 else torch.float32
+    in_reference = chosen == "reference" or family is None
+    if meta is None:
+        meta = rule.flat_buffer(device, wide if in_reference else torch.float32)
+    else:
+        meta = meta.detach().to(device, wide if in_reference else torch.float32).contiguous()
+    if in_reference or family is None:
         reference.step_(
             rule,
             params,
@@ -140,9 +149,9 @@ def step_(
     options = (lr, weight_decay, maximize, mode, grad_scale, found_inf, rounding_seed)
     with torch.no_grad():
         if chosen == "triton" and device.type == "cpu":
-            _ops_gpu.interpreted_step_(rule, *lists, rule.flat_buffer(device), *options)
+            _ops_gpu.interpreted_step_(rule, *lists, meta, *options)
         else:
-            family.step_(*lists, rule.flat_buffer(device), *family.arguments(rule), *options)
+            family.step_(*lists, meta, *family.arguments(rule), *options)
     # A kernel writes through raw pointers: autograd must learn that tensors saved for a backward
     # have changed. Gradients and step counters are in no graph.
     torch.autograd.graph.increment_version([*params, *states])

@@ -367,3 +367,37 @@ def test_opcheck() -> None:
     state = rule.init_runs(torch.zeros(2, 17), [9, 8])
     window = (torch.randn(4, 2, 17), state, 0, flat, torch.ones(4, 2), 3, [9, 8], *config)
     check(library.hierarchical_unroll_backward, (*window, 1.0, 0.1))
+
+
+@over_backends
+@pytest.mark.parametrize("sizes", RULES, ids=str)
+def test_rows_of_meta_parameters_step_each_problem_by_its_own(
+    sizes: tuple[int, int, int, int], backend: str
+) -> None:
+    rules = [make(*sizes, dtype=torch.float32, seed=seed) for seed in range(3)]
+    problems = [Problem(rule, SHAPES[:4], seed=seed) for seed, rule in enumerate(rules)]
+    together = [Problem(rule, SHAPES[:4], seed=seed) for seed, rule in enumerate(rules)]
+    grads = [problem.draw() for problem in problems]
+    meta_rows = torch.stack([rule.flat_parameters().detach() for rule in rules])
+    hidden = torch.cat([problem.hidden for problem in together])
+    count = 4 * len(rules)
+    with fastl2o.backend(backend):
+        hierarchical.step_(
+            rules[0],
+            [p for problem in together for p in problem.params],
+            [grad for own in grads for grad in own],
+            [p for problem in together for p in problem.planes],
+            [t for problem in together for t in problem.tensors],
+            [step for problem in together for step in problem.steps],
+            hidden,
+            problems=[number for number in range(len(rules)) for _ in range(4)],
+            lr=[1.0] * count,
+            weight_decay=[0.0] * count,
+            meta=meta_rows,
+        )
+        for problem, rule, own in zip(problems, rules, grads, strict=True):
+            problem.step(rule, own)
+    for number, (alone, other) in enumerate(zip(problems, together, strict=True)):
+        other.hidden = hidden[number : number + 1]
+        for one, two in zip(alone.everything(), other.everything(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)

@@ -293,7 +293,7 @@ def test_estimator_refuses_impossible_arguments() -> None:
     for arguments, message in (
         ({"unroll": 0}, "unroll must be"),
         ({"unroll": 2.0}, "unroll must be an int"),
-        ({"objective": "mean"}, "'sum', 'final', 'log'; got 'mean'"),
+        ({"objective": "mean"}, "'sum', 'weighted', 'final', 'log', 'best'; got 'mean'"),
         ({"path": "jit"}, "'fused', 'autograd'"),
         ({"unroll": 1, "final_term": False}, "leaves no loss"),
     ):

@@ -179,7 +179,11 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
         ),
         ("hidden_size = 3", "hiden_size = 3", "'rule.hiden_size'; did you mean 'hidden_size'"),
         ("unroll = 3", "unrol = 3", "'estimator.unrol'; did you mean 'unroll'"),
-        ("unroll = 3", 'unroll = "3"', "estimator.unroll must be an integer, got '3'"),
+        (
+            "unroll = 3",
+            'unroll = "3"',
+            "estimator.unroll must be an integer, or \"horizon\" .*; got '3'",
+        ),
         ('kind = "mlp"', 'kind = "cnn"', r"tasks\[1\].kind must be one of quadratic, mlp"),
         ("dim = 3", "hidden = [3]", r"unknown key 'tasks\[0\].hidden'"),
         ('name = "adamw"', 'name = "lion"', "optimizer.name must be one of adam, "),

@@ -241,7 +241,7 @@ def test_exponential_lengths() -> None:
 
 def test_unrolls_are_drawn_for_each_batch_of_runs(tmp_path: Path) -> None:
     trainer = small_trainer(horizon=12, unroll=(2, 6), checkpoint_dir=tmp_path)
-    trainer.fit(40)
+    trainer.fit(80)
     with open(tmp_path / "log.csv", newline="") as file:
         ends = [int(row["inner_step"]) for row in csv.DictReader(file)]
     unrolls = set()
@@ -276,7 +276,7 @@ def test_unrolls_are_drawn_for_each_batch_of_runs(tmp_path: Path) -> None:
         ({"optimizer": "adam"}, "optimizer must be of type Optimizer, such as torch.optim.Adam"),
         ({"rule": "lstm"}, "rule must be of type Rule, such as fastl2o.LSTMRule"),
         ({"rule": torch.nn.LSTM(2, 2)}, "rule must be of type Rule"),
-        ({"estimator": 20}, "estimator must be of type TruncatedBPTT, such as"),
+        ({"estimator": 20}, "estimator must be of type Estimator, such as"),
         ({"schedule": 3}, "schedule must be of type Callable, such as"),
         ({"validation": 5}, "validation must be of type Validation, such as"),
         ({"imitation": 0.3}, "imitation must be of type Imitation, such as"),

@@ -316,3 +316,41 @@ def test_bad_tensors_are_refused_and_nothing_changes(backend: str) -> None:
         with fastl2o.backend(backend), pytest.raises((ValueError, TypeError, RuntimeError)):
             ops.step_(rule, *lists)
         assert same_bits(good.all(), before)
+
+
+@over_backends
+@over_rules
+def test_rows_of_meta_parameters_step_each_tensor_by_its_own(case: RuleCase, backend: str) -> None:
+    rules = [case.make(seed=seed) for seed in range(3)]
+    shapes = [(65,), (0,), (3, 5)]
+    generator = torch.Generator().manual_seed(4)
+    params = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+    states = [rule.init_state(p) for rule, p in zip(rules, params, strict=True)]
+    steps = [torch.tensor(float(i)) for i in range(3)]
+    own = [[t.clone() for t in tensors] for tensors in (params, states, steps)]
+    meta = torch.stack([rule.flat_parameters().detach() for rule in rules])
+    with fastl2o.backend(backend):
+        ops.step_(rules[0], params, grads, states, steps, lr=0.5, nonfinite="pass", meta=meta)
+        for i, rule in enumerate(rules):
+            each = [[tensors[i]] for tensors in (own[0], grads, own[1], own[2])]
+            ops.step_(rule, *each, lr=0.5, nonfinite="pass")
+    for got, expected in zip((params, states, steps), own, strict=True):
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_meta_parameters_of_another_shape_are_refused() -> None:
+    rule = fastl2o.LSTMRule(hidden_size=3, num_layers=1)
+    params = [torch.ones(2), torch.ones(3)]
+    before = [p.clone() for p in params]
+    states = [rule.init_state(p) for p in params]
+    rows = rule.flat_parameters().detach().repeat(3, 1)
+    for meta, options, message in (
+        (rows, {}, r"or \(2, 76\) with a row for each tensor, got \(3, 76\)"),
+        (rows[0, :5], {}, r"meta: expected shape \(76,\)"),
+        (rows[:2], {"nonfinite": "skip"}, "takes nonfinite='pass'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.step_(rule, params, params, states, meta=meta, **{"nonfinite": "pass", **options})
+    assert all(map(torch.equal, params, before))

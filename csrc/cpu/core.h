@@ -34,6 +34,7 @@ struct StepTensor {
   float correction1 = 0;
   float correction2 = 0;
   uint32_t rounding_key = 0;  // of its place in the list; filled in by step() where it is needed
+  int64_t meta_set = 0;       // which of several sets of meta-parameters steps it
 };
 
 struct StepOptions {
@@ -46,6 +47,7 @@ struct StepOptions {
   NonFinite nonfinite = NonFinite::raise;
   bool stochastic_rounding = false;  // of a bf16 state, from `seed`, which each step must change
   uint64_t seed = 0;
+  int64_t meta_sets = 1;  // rows of the meta-parameters; with several, no tile spans two tensors
 };
 
 struct TileKernels;

@@ -27,6 +27,7 @@ struct HierarchicalOptions {
   bool unscale = false;  // the rule sees grad / grad_scale, which is also written back
   float grad_scale = 1.0f;
   NonFinite nonfinite = NonFinite::raise;
+  int64_t meta_sets = 1;  // rows of the meta-parameters: one for all problems, or one for each
 };
 
 // The two halves of a step, for tensors that are split: between them the caller adds up `sums`

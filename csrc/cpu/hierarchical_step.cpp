@@ -52,6 +52,38 @@ void update_params(const TileKernels& kernels, const std::vector<HierarchicalTen
   for (const HierarchicalTensor& tensor : tensors) *tensor.step += 1.0f;
 }
 
+void step_problems(const TileKernels& kernels, const HierarchicalConfig& config, const float* meta,
+                   const std::vector<HierarchicalTensor>& tensors, float* global_states,
+                   int64_t problems, const HierarchicalOptions& options,
+                   const ParallelFor& parallel_for) {
+  StepMemory& memory = step_memory();
+  memory.reserve(tensors);
+  const PackedStorage packed(config, meta);
+  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  pass.run(tensors, memory.raw_steps.data(), global_states, problems);
+  update_params(kernels, tensors, memory, parallel_for);
+}
+
+// Every problem by its own row of meta-parameters.
+void step_each_problem(const TileKernels& kernels, const HierarchicalConfig& config,
+                       const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                       float* global_states, int64_t problems, const HierarchicalOptions& options,
+                       const ParallelFor& parallel_for) {
+  std::vector<std::vector<HierarchicalTensor>> of_problem(static_cast<size_t>(problems));
+  for (HierarchicalTensor tensor : tensors) {
+    std::vector<HierarchicalTensor>& own = of_problem[size_t(tensor.problem)];
+    tensor.problem = 0;
+    own.push_back(tensor);
+  }
+  const int64_t size = HierarchicalLayout(config).total;
+  parallel_for(problems, [&](int64_t begin, int64_t end) {
+    for (int64_t problem = begin; problem < end; ++problem)
+      if (!of_problem[size_t(problem)].empty())
+        step_problems(kernels, config, meta + problem * size, of_problem[size_t(problem)],
+                      global_states + problem * config.global_size, 1, options, parallel_for);
+  });
+}
+
 }  // namespace
 
 void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& config,
@@ -91,12 +123,8 @@ int64_t hierarchical_step(const TileKernels& kernels, const HierarchicalConfig& 
                                [](const HierarchicalTensor& tensor) { return tensor.numel == 0; }),
                 tensors.end());
   if (tensors.empty()) return -1;
-  StepMemory& memory = step_memory();
-  memory.reserve(tensors);
-  const PackedStorage packed(config, meta);
-  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
-  pass.run(tensors, memory.raw_steps.data(), global_states, problems);
-  update_params(kernels, tensors, memory, parallel_for);
+  const auto& stepped = options.meta_sets > 1 ? step_each_problem : step_problems;
+  stepped(kernels, config, meta, tensors, global_states, problems, options, parallel_for);
   return -1;
 }
 

@@ -2,7 +2,8 @@
 
 from . import tasks
 from .checkpoint import CheckpointError
-from .estimators import MetaGradient, TruncatedBPTT, unroll_gradient
+from .estimators import Estimator, MetaGradient, TruncatedBPTT, unroll_gradient
+from .evolution import ES, PES
 from .imitation import Imitation
 from .optimizers import MuonAdam
 from .schedules import Curriculum, Exponential, LRSchedule
@@ -11,8 +12,11 @@ from .unroll import Progress, Window, run_window, start
 from .validation import Validation, run_losses
 
 __all__ = [
+    "ES",
+    "PES",
     "CheckpointError",
     "Curriculum",
+    "Estimator",
     "Exponential",
     "FitResult",
     "Imitation",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +14,27 @@ from ._checks import check_number, check_type
 from .imitation import Imitation
 from .schedules import Horizon, draw_horizon
 from .tasks import Task
-from .unroll import Progress, start
+from .unroll import Progress
 
 if TYPE_CHECKING:
     from ..rules import Rule
-    from .estimators import MetaGradient, TruncatedBPTT
+    from .distributed import Ranks
+    from .estimators import Estimator, MetaGradient
 
-__all__ = ["Group", "GroupStarter", "check_optimizer", "check_tasks", "check_weights"]
+__all__ = [
+    "Group",
+    "GroupStarter",
+    "Groups",
+    "Outcome",
+    "check_groups",
+    "check_optimizer",
+    "check_tasks",
+    "check_weights",
+]
+
+# What the training log says of a window, in the order in which processes tell each other.
+_DESCRIBED = ("task", "inner_step", "horizon", "imitation", "meta_loss", "first_loss", "last_loss")
+_MEANS = ("meta_loss", "first_loss", "last_loss")
 
 
 @dataclass
@@ -46,7 +61,7 @@ class Group:
         return self.progress.step >= self.horizon
 
     def advance(
-        self, rule: Rule, estimator: TruncatedBPTT, imitation: Imitation | None
+        self, rule: Rule, estimator: Estimator, imitation: Imitation | None
     ) -> MetaGradient:
         """One window and its meta-gradient; the last window of a run may be shorter."""
         steps = min(self.unroll, self.horizon - self.progress.step)
@@ -84,8 +99,9 @@ class GroupStarter:
     tasks: Sequence[Task]
     weights: Tensor
     runs: int
+    estimator: Estimator
     horizon: Horizon
-    unroll: Horizon
+    unroll: Horizon | None
     imitation: Imitation | None
     dtype: torch.dtype
 
@@ -95,9 +111,11 @@ class GroupStarter:
         if len(self.tasks) > 1:
             task = int(torch.multinomial(self.weights, 1, generator=generator))
         horizon = draw_horizon(self.horizon, outer_step, generator)
-        unroll = draw_horizon(self.unroll, outer_step, generator)
-        run = self.tasks[task].sample(self.runs, generator, self.dtype)
-        progress = start(rule, run)
+        unroll = horizon
+        if self.unroll is not None:
+            unroll = draw_horizon(self.unroll, outer_step, generator)
+        run = self.estimator.sample(self.tasks[task], self.runs, generator, self.dtype)
+        progress = self.estimator.begin(rule, run)
         moments = None
         if (
             self.imitation is not None
@@ -110,12 +128,169 @@ class GroupStarter:
         """A batch of runs as it was saved by ``Group.state_dict``."""
         # The draw below is thrown away: the run's tensors and generator are replaced by the saved
         # ones.
-        run = self.tasks[saved["task"]].sample(
-            self.runs, torch.Generator().manual_seed(0), self.dtype
+        run = self.estimator.sample(
+            self.tasks[saved["task"]], self.runs, torch.Generator().manual_seed(0), self.dtype
         )
         moments = None if saved["moments"] is None else saved["moments"].clone()
         progress = Progress.from_state_dict(run, saved["progress"])
         return Group(saved["task"], saved["horizon"], saved["unroll"], progress, moments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the windows of one update came to, the same in all processes.
+
+    Attributes:
+        usable: whether any of the windows was.
+        gradient: ``(M,)``, the mean over usable windows.
+        described: what the training log says: of the first window, and means.
+        inner_steps: of all their runs.
+    """
+
+    usable: bool
+    gradient: Tensor
+    described: dict[str, float]
+    inner_steps: int
+
+    @property
+    def meta_loss(self) -> float:
+        """The mean over usable windows."""
+        return self.described["meta_loss"]
+
+    @property
+    def imitating(self) -> bool:
+        """Whether the runs imitate Adam."""
+        return bool(self.described["imitation"])
+
+
+class Groups:
+    """The batches of runs in flight, each in a slot of one of the processes.
+
+    What starts in a slot is drawn from a generator of its own, whose seed is made from the
+    training's, the slot and how often it was filled: so it does not depend on the processes.
+
+    Args:
+        starter: makes what fills an empty slot.
+        count: number of slots; slot i belongs to process i % ranks.size.
+        seed: the training's.
+        divergence: a loss beyond this factor times the first is not usable; None: any is.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self,
+        starter: GroupStarter,
+        count: int,
+        seed: int,
+        divergence: float | None,
+        ranks: Ranks,
+    ) -> None:
+        self.count = count
+        self._starter, self._seed, self._divergence, self._ranks = starter, seed, divergence, ranks
+        self._groups: dict[int, Group | None] = {
+            slot: None for slot in range(count) if slot % ranks.size == ranks.rank
+        }
+        self._starts = dict.fromkeys(self._groups, 0)
+
+    def advance(
+        self,
+        rule: Rule,
+        estimator: Estimator,
+        imitation: Imitation | None,
+        outer_step: int,
+        windows: int,
+    ) -> Outcome:
+        """One window of each of the next ``windows`` slots; unusable batches are dropped."""
+        rows = []
+        for slot in self._own(outer_step, windows):
+            group = self._groups[slot]
+            if group is None or group.finished:
+                group = self._starter.start(rule, outer_step, self._generator(slot))
+            before = group.progress.step
+            result = group.advance(rule, estimator, imitation)
+            usable = self._usable(result, group)
+            self._groups[slot] = group if usable else None
+            described = group.describe(result)
+            steps = (group.progress.step - before) * result.losses.shape[1]
+            numbers = [float(usable), float(steps), *(described[name] for name in _DESCRIBED)]
+            rows.append(torch.cat((torch.tensor(numbers).double(), result.gradient.double())))
+        table = self._ranks.gather(torch.stack(rows))
+        good = table[:, 0] > 0
+        head = 2 + len(_DESCRIBED)
+        described = dict(zip(_DESCRIBED, table[0, 2:head].tolist(), strict=True))
+        chosen = table[good] if bool(good.any()) else table
+        means = chosen.sum(dim=0) / len(chosen)
+        described |= {n: float(means[2 + _DESCRIBED.index(n)]) for n in _MEANS}
+        for name in ("task", "inner_step", "horizon", "imitation"):
+            described[name] = int(described[name])
+        gradient = means[head:].to(next(rule.parameters()).dtype)
+        return Outcome(bool(good.any()), gradient, described, int(table[:, 1].sum()))
+
+    def drop(self, outer_step: int, windows: int) -> None:
+        """Empty the slots of an update that could not be used."""
+        for slot in self._own(outer_step, windows):
+            self._groups[slot] = None
+
+    def _own(self, outer_step: int, windows: int) -> list[int]:
+        """The slots of an update that are this process's."""
+        first = outer_step * windows
+        slots = [(first + i) % self.count for i in range(windows)]
+        return [slot for slot in slots if slot in self._groups]
+
+    def _generator(self, slot: int) -> torch.Generator:
+        key = np.random.SeedSequence([self._seed, slot, self._starts[slot]])
+        self._starts[slot] += 1
+        return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+    def _usable(self, result: MetaGradient, group: Group) -> bool:
+        numbers = (result.loss, result.losses, result.gradient)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
+            return False
+        if self._divergence is None:
+            return True
+        # The added 1 keeps runs that happen to start at a tiny loss from counting as diverged.
+        bound = self._divergence * (group.progress.first_losses + 1.0)
+        return bool((result.losses[-1] <= bound).all())
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Every slot's batch and number of starts; whole in the main process."""
+        own = {
+            slot: {
+                "starts": self._starts[slot],
+                "group": None if group is None else group.state_dict(),
+            }
+            for slot, group in self._groups.items()
+        }
+        collected = self._ranks.collect(own)
+        return [collected[slot] for slot in sorted(collected)]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Take this process's slots from what the main one saved."""
+        for slot in self._groups:
+            saved = state[slot]["group"]
+            self._groups[slot] = None if saved is None else self._starter.restore(saved)
+            self._starts[slot] = int(state[slot]["starts"])
+
+
+def check_groups(groups: int | None, accumulate: int, ranks: int, imitation: object) -> int:
+    """The number of batches in flight, or a refusal of numbers that do not divide."""
+    groups = accumulate if groups is None else groups
+    check_number("groups", groups, minimum=1, integer=True)
+    if groups % accumulate:
+        raise ValueError(
+            f"groups must be a multiple of accumulate={accumulate}, the windows of an update; got "
+            f"{groups}"
+        )
+    if accumulate % ranks:
+        raise ValueError(
+            f"accumulate must be a multiple of the {ranks} processes, which share an update's "
+            f"windows; got {accumulate}"
+        )
+    if imitation is not None and accumulate > 1:
+        raise ValueError(
+            "imitation needs accumulate=1: an update is either of imitation or of the meta-loss"
+        )
+    return groups
 
 
 def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:

@@ -21,9 +21,11 @@ _COLUMNS = (
     "first_loss",
     "last_loss",
     "gradient_norm",
+    "snr",
     "lr",
     "skipped",
     "validation",
+    "inner_steps",
     "seconds",
 )
 

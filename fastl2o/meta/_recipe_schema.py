@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from ._checks import check_number
+from .estimators import Estimator, TruncatedBPTT
+from .evolution import ES, PES
 from .optimizers import MuonAdam
 from .tasks import MLPClassification, Quadratic, Task
 
-__all__ = ["OPTIMIZERS", "TASKS", "RecipeError", "check_recipe", "naming"]
+__all__ = ["ESTIMATORS", "OPTIMIZERS", "TASKS", "RecipeError", "check_recipe", "naming"]
 
 Keys = dict[str, tuple[type, ...]]
 
@@ -76,20 +78,30 @@ _SCHEDULE_KEYS: Keys = {
     "final": (int, float),
     "total": (int,),
 }
-_ESTIMATOR_KEYS: Keys = {
-    "unroll": (int,),
-    "objective": (str,),
-    "final_term": (bool,),
-    "second_order": (bool,),
-    "full_data": (bool,),
+_EVOLUTION_KEYS: Keys = {"unroll": (int, str), "sigma": (int, float), "objective": (str,)}
+ESTIMATORS: dict[str, tuple[Callable[..., Estimator], Keys]] = {
+    "bptt": (
+        TruncatedBPTT,
+        {
+            "unroll": (int, str),
+            "objective": (str,),
+            "final_term": (bool,),
+            "second_order": (bool,),
+            "full_data": (bool,),
+        },
+    ),
+    "es": (ES, _EVOLUTION_KEYS),
+    "pes": (PES, {**_EVOLUTION_KEYS, "unroll": (int,)}),
 }
 _TRAINER_KEYS: Keys = {
     "horizon": (int, list, dict),
     "unroll": (int, list, dict),
     "runs": (int,),
+    "accumulate": (int,),
     "groups": (int,),
     "clip_grad": (int, float),
     "average": (int, float),
+    "log_snr": (bool,),
     "divergence": (int, float),
 }
 _VALIDATION_KEYS: Keys = {
@@ -144,7 +156,6 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
     _check_rule(source, table["rule"])
     _check_tasks(source, "tasks", table["tasks"])
     tables = {
-        "estimator": _ESTIMATOR_KEYS,
         "trainer": _TRAINER_KEYS,
         "schedule": _SCHEDULE_KEYS,
         "validation": _VALIDATION_KEYS,
@@ -155,7 +166,18 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
             _check_table(source, name, table[name], known)
     if "tasks" in table.get("validation", {}):
         _check_tasks(source, "validation.tasks", table["validation"]["tasks"])
-    _check_optimizer(source, table.get("optimizer", {}))
+    _check_named(source, "optimizer", "name", "adam", table.get("optimizer", {}), OPTIMIZERS)
+    if len(table.get("optimizer", {}).get("betas", (0, 0))) != 2:
+        raise RecipeError(
+            f"{source}: optimizer.betas must be a list of two, got {table['optimizer']['betas']!r}"
+        )
+    estimator = table.get("estimator", {})
+    _check_named(source, "estimator", "kind", "bptt", estimator, ESTIMATORS)
+    if isinstance(estimator.get("unroll"), str) and estimator["unroll"] != "horizon":
+        raise RecipeError(
+            f'{source}: estimator.unroll must be an integer, or "horizon" for windows as long '
+            f"as the runs; got {estimator['unroll']!r}"
+        )
     for key in ("seed", "outer_steps"):
         with naming(source, key):
             check_number(key, table.get(key, 0), minimum=0, integer=True)
@@ -218,17 +240,21 @@ def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
         _check_table(source, place, task, known)
 
 
-def _check_optimizer(source: str, table: dict[str, Any]) -> None:
-    name = table.get("name", "adam")
-    if name not in OPTIMIZERS:
+def _check_named(
+    source: str,
+    where: str,
+    key: str,
+    default: str,
+    table: Mapping[str, Any],
+    kinds: Mapping[str, tuple[Callable[..., Any], Keys]],
+) -> None:
+    """A table whose other keys depend on which of ``kinds`` its ``key`` names."""
+    name = table.get(key, default)
+    if name not in kinds:
         raise RecipeError(
-            f"{source}: optimizer.name must be one of {', '.join(OPTIMIZERS)}; got {name!r}"
+            f"{source}: {where}.{key} must be one of {', '.join(kinds)}; got {name!r}"
         )
-    _check_table(source, "optimizer", table, {"name": (str,), **OPTIMIZERS[name][1]})
-    if len(table.get("betas", (0, 0))) != 2:
-        raise RecipeError(
-            f"{source}: optimizer.betas must be a list of two, got {table['betas']!r}"
-        )
+    _check_table(source, where, table, {key: (str,), **kinds[name][1]})
 
 
 def _check_table(

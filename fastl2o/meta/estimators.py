@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..rules import Rule
+from . import objectives
 from ._checks import check_choice, check_number, check_type
-from .tasks import TaskRun
+from .tasks import Task, TaskRun
 from .unroll import Progress, run_window, start
 
-__all__ = ["MetaGradient", "TruncatedBPTT", "unroll_gradient"]
-
-_OBJECTIVES = ("sum", "final", "log")
-# Added to losses under the logarithm: far below any loss of interest, and log stays finite at an
-# exact zero.
-_LOG_EPS = 1e-8
+__all__ = ["Estimator", "MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
 
 class MetaGradient(NamedTuple):
@@ -29,22 +26,72 @@ class MetaGradient(NamedTuple):
     losses: Tensor  # (T + 1, R): f_0 .. f_T of every run
 
 
-class TruncatedBPTT:
+class Estimator(ABC):
+    """How a window of inner steps becomes a meta-gradient.
+
+    Attributes:
+        unroll: T, the inner steps of a window; None for a window as long as the horizon.
+        objective: the meta-loss, one of ``objectives.OBJECTIVES``.
+    """
+
+    kind: ClassVar[str]
+    unroll: int | None
+    objective: str
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
+
+    @abstractmethod
+    def window(
+        self,
+        rule: Rule,
+        progress: Progress,
+        steps: int | None = None,
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> MetaGradient:
+        """Advance ``progress`` by a window and differentiate it; ``steps`` replaces ``unroll``."""
+
+    def check_runs(self, runs: int) -> None:  # noqa: B027  (most take any number)
+        """Refuse a number of runs that the estimator cannot use."""
+
+    def sample(
+        self, task: Task, runs: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> TaskRun:
+        """Draw ``runs`` runs of a task that ``window`` can take."""
+        return task.sample(runs, generator, dtype)
+
+    def begin(self, rule: Rule, run: TaskRun) -> Progress:
+        """Start the runs that ``sample`` drew."""
+        return start(rule, run)
+
+    def window_steps(self, steps: int | None) -> int:
+        """``steps``, or else ``unroll``."""
+        chosen = self.unroll if steps is None else steps
+        if chosen is None:
+            raise ValueError("steps must be given: an estimator with unroll=None has no length")
+        return chosen
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class TruncatedBPTT(Estimator):
     """Back-propagation through windows of ``unroll`` inner steps, cut between windows.
 
-    The meta-loss of a window theta_0 .. theta_T is the mean over its R runs of
-
-    - ``"sum"``: f_1 + ... + f_T (f_0 does not depend on the rule within the window);
-    - ``"final"``: f_T alone;
-    - ``"log"``: the mean over t of log((f_t + 1e-8) / (f at the run's start + 1e-8)), which weighs
-      late, small losses as much as early, large ones and does not depend on the loss's scale.
+    The meta-loss of a window is the mean over its R runs of the ``objective``, see
+    ``objectives.per_run``: ``"sum"``, ``"weighted"``, ``"final"``, ``"log"`` or ``"best"``.
 
     Gradients that enter the rule are constants (the usual first-order choice), unless
     ``second_order``. The fused path takes them for the gradients of f too: where a task adds noise
     to them or leaves gaps (which it makes up for in the mean), its meta-gradient is noisier.
 
     Args:
-        unroll: T, the inner steps of a window.
+        unroll: T, the inner steps of a window; None for a window as long as the horizon, which
+            cuts nothing and whose recorded gradients take T x R x D numbers.
         objective: which meta-loss, see above.
         final_term: whether f_T, taken on the next window's first minibatch, counts. Without it the
             sums end at f_{T-1}, and the window's last update gets no gradient, as in some published
@@ -68,17 +115,20 @@ class TruncatedBPTT:
         (torch.Size([6, 2]), True)
     """
 
+    kind = "bptt"
+
     def __init__(
         self,
-        unroll: int = 20,
+        unroll: int | None = 20,
         objective: str = "sum",
         final_term: bool = True,
         path: str = "fused",
         second_order: bool = False,
         full_data: bool = False,
     ) -> None:
-        check_number("unroll", unroll, minimum=1, integer=True)
-        check_choice("objective", objective, _OBJECTIVES)
+        if unroll is not None:
+            check_number("unroll", unroll, minimum=1, integer=True)
+        check_choice("objective", objective, tuple(objectives.OBJECTIVES))
         check_choice("path", path, ("fused", "autograd"))
         if not final_term and unroll == 1:
             raise ValueError("unroll=1 with final_term=False leaves no loss; use final_term=True")
@@ -91,10 +141,6 @@ class TruncatedBPTT:
         names = ("unroll", "objective", "final_term", "path", "second_order", "full_data")
         return {name: getattr(self, name) for name in names}
 
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
-        return f"TruncatedBPTT({arguments})"
-
     def window(
         self,
         rule: Rule,
@@ -104,14 +150,15 @@ class TruncatedBPTT:
         lr: float = 1.0,
         weight_decay: float = 0.0,
     ) -> MetaGradient:
-        """Advance ``progress`` by a window and differentiate it; ``steps`` replaces ``unroll``."""
-        steps = self.unroll if steps is None else steps
+        """See ``Estimator.window``."""
+        steps = self.window_steps(steps)
         if self.path == "autograd":
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
         window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
         loss = self.meta_loss(window.losses, progress.first_losses)
         sizes = progress.run.tensor_sizes
-        weights = self.loss_weights(window.losses) / progress.run.gradient_share
+        weights = self.loss_weights(window.losses, progress.first_losses)
+        weights /= progress.run.gradient_share
         gradient, d_state = ops.unroll_backward(
             rule,
             window.grads,
@@ -127,28 +174,13 @@ class TruncatedBPTT:
             gradient = gradient + rule.start_gradient(d_state, sizes)
         return MetaGradient(loss, gradient, window.losses)
 
-    def _selected(self, steps: int) -> slice:
-        """The times t whose losses count, in 1..T."""
-        last = steps if self.final_term else steps - 1
-        return slice(last, last + 1) if self.objective == "final" else slice(1, last + 1)
-
     def meta_loss(self, losses: Tensor, first_losses: Tensor) -> Tensor:
         """The meta-loss, 0-dim, of ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
-        selected = losses[self._selected(losses.shape[0] - 1)]
-        if self.objective == "log":
-            return torch.log((selected + _LOG_EPS) / (first_losses + _LOG_EPS)).mean()
-        return selected.sum(dim=0).mean()
+        return objectives.per_run(self.objective, losses, first_losses, self.final_term).mean()
 
-    def loss_weights(self, losses: Tensor) -> Tensor:
+    def loss_weights(self, losses: Tensor, first_losses: Tensor) -> Tensor:
         """d meta-loss / d f_t, ``(T + 1, R)``: the weights of the recorded gradients."""
-        weights = torch.zeros_like(losses)
-        times = self._selected(losses.shape[0] - 1)
-        if self.objective == "log":
-            selected = losses[times]
-            weights[times] = 1.0 / ((selected + _LOG_EPS) * max(selected.numel(), 1))
-        else:
-            weights[times] = 1.0 / losses.shape[1]
-        return weights
+        return objectives.loss_weights(self.objective, losses, first_losses, self.final_term)
 
     def _autograd_window(
         self, rule: Rule, progress: Progress, steps: int, lr: float, weight_decay: float

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from ._checks import check_number
-from ._recipe_schema import OPTIMIZERS, TASKS, RecipeError, check_recipe, naming
-from .estimators import TruncatedBPTT
+from ._recipe_schema import ESTIMATORS, OPTIMIZERS, TASKS, RecipeError, check_recipe, naming
 from .imitation import Imitation
 from .schedules import LRSchedule, as_horizon
 from .tasks import RandomScaling, Task, WithConvex, ensemble
@@ -162,7 +161,10 @@ def build_trainer(
             rule.load_state_dict(first.state_dict())
     tasks, weights = _build_tasks(source, "tasks", recipe.tasks, data)
     with naming(source, "estimator"):
-        estimator = TruncatedBPTT(**recipe.estimator)
+        arguments = dict(recipe.estimator)
+        if arguments.get("unroll") == "horizon":
+            arguments["unroll"] = None
+        estimator = ESTIMATORS[arguments.pop("kind", "bptt")][0](**arguments)
     with naming(source, "optimizer"):
         arguments = {"lr": 1e-3, **recipe.optimizer}
         make = OPTIMIZERS[arguments.pop("name", "adam")][0]

@@ -8,28 +8,39 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..rules import Rule, from_config
 from ._checks import check_number, check_seed, check_type
-from ._groups import Group, GroupStarter, check_optimizer, check_tasks, check_weights
+from ._groups import (
+    Groups,
+    GroupStarter,
+    Outcome,
+    check_groups,
+    check_optimizer,
+    check_tasks,
+    check_weights,
+)
 from ._log import TrainingLog
+from ._outer import OuterUpdate, SignalToNoise
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .estimators import MetaGradient, TruncatedBPTT
+from .distributed import Ranks
+from .estimators import Estimator, TruncatedBPTT
 from .imitation import Imitation
-from .optimizers import settings, twin
 from .schedules import Horizon, LRSchedule, as_horizon, longest
 from .tasks import Task
 from .validation import Validation
 
 __all__ = ["FitResult", "MetaTrainer"]
 
-_COUNTERS = ("outer_step", "skipped", "_skipped_in_a_row", "best_score", "last_score", "best_step")
+_COUNTERS = (
+    *("outer_step", "inner_steps", "skipped", "_skipped_in_a_row"),
+    *("best_score", "last_score", "best_step"),
+)
 # So many skipped updates in a row mean that the rule, not one unlucky run, is broken.
 _MAX_SKIPPED_IN_A_ROW = 100
 
@@ -43,17 +54,22 @@ class FitResult(NamedTuple):
     last_score: float  # score of the last validation
     meta_loss: float  # meta-loss of the last window
     skipped: int  # updates skipped for non-finite losses or gradients
+    inner_steps: int  # of all runs since the start of training
     seconds: float  # wall time of this call
 
 
 class MetaTrainer:
     """Trains a rule's meta-parameters on tasks.
 
-    One outer step is one window of one batch of runs, and one update.
+    One outer step is one window of one batch of runs, or of several, and one update.
 
     A batch of runs is carried from window to window until its horizon; then new runs are drawn. A
     window whose losses or meta-gradient are not finite is not used: the update is skipped and
     counted, and new runs are drawn.
+
+    Where torch.distributed is initialised, the processes share the windows of each outer step and
+    take the same update, that of one process up to the last bit. The first of them writes files and
+    shows progress.
 
     Everything random comes from ``seed``. With a ``checkpoint_dir`` the whole training state is
     saved, and the same training started again after a kill continues to the same bits as one that
@@ -70,8 +86,10 @@ class MetaTrainer:
         unroll: inner steps of a window, given or drawn for each batch of runs as ``horizon`` is;
             the estimator's by default.
         runs: R, the runs of a batch; they share every kernel call.
-        groups: batches of runs in flight, one window each in turn; more of them make successive
-            updates less alike.
+        accumulate: windows, each of another batch of runs, whose mean meta-gradient makes an
+            update; a multiple of the number of processes.
+        groups: batches of runs in flight, one window each in turn, a multiple of ``accumulate``,
+            which is the default; more of them make successive updates less alike.
         clip_grad: largest 2-norm of the meta-gradient; None for no limit.
         average: decay, in [0, 1), of an exponential moving average of the meta-parameters; then
             validation scores the average and ``best_rule`` is one. None for no averaging.
@@ -81,6 +99,7 @@ class MetaTrainer:
         validation: when and how to score the rule; None for never (there is then no best-so-far
             selection).
         imitation: mix in imitation of Adam, with its own copy of the optimizer, as published.
+        log_snr: also log the meta-gradients' signal-to-noise ratio.
         divergence: a loss beyond this factor times the first counts as non-finite; None: allowed.
         checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
         checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
@@ -100,20 +119,22 @@ class MetaTrainer:
         self,
         rule: Rule,
         tasks: Sequence[Task],
-        estimator: TruncatedBPTT | None = None,
+        estimator: Estimator | None = None,
         horizon: Any = 100,
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
         *,
         unroll: Any = None,
         runs: int = 8,
-        groups: int = 1,
+        accumulate: int = 1,
+        groups: int | None = None,
         clip_grad: float | None = None,
         average: float | None = None,
         schedule: LRSchedule | Callable[[int], float] | None = None,
         task_weights: Sequence[float] | None = None,
         validation: Validation | None = None,
         imitation: Imitation | None = None,
+        log_snr: bool = False,
         divergence: float | None = 1e6,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 500,
@@ -121,7 +142,7 @@ class MetaTrainer:
     ) -> None:
         check_type("rule", rule, Rule, "fastl2o.LSTMRule()")
         self.rule, self.tasks = rule, check_tasks(tasks)
-        counts = {"runs": runs, "groups": groups, "checkpoint_every": checkpoint_every}
+        counts = {"runs": runs, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
         for name, count in counts.items():
             check_number(name, count, minimum=1, integer=True)
         for name, limit in (("clip_grad", clip_grad), ("divergence", divergence)):
@@ -131,9 +152,11 @@ class MetaTrainer:
             check_number("average", average, minimum=0, below=1)
         check_seed(seed)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
-        check_type("estimator", self.estimator, TruncatedBPTT, "TruncatedBPTT(unroll=20)")
+        check_type("estimator", self.estimator, Estimator, "TruncatedBPTT(unroll=20)")
+        self.estimator.check_runs(runs)
         self.horizon: Horizon = as_horizon(horizon)
-        self.unroll = as_horizon(self.estimator.unroll if unroll is None else unroll, "unroll")
+        unroll = self.estimator.unroll if unroll is None else unroll
+        self.unroll = None if unroll is None else as_horizon(unroll, "unroll")
         if optimizer is None:
             optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
         check_optimizer(optimizer, rule)
@@ -145,25 +168,25 @@ class MetaTrainer:
             check_type("schedule", schedule, Callable, 'LRSchedule("cosine", total=1000)')
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.seed, self.divergence, self.average = seed, divergence, average
-        self._averaged = None
-        if average is not None:
-            self._averaged = AveragedModel(rule, multi_avg_fn=get_ema_multi_avg_fn(average))
+        self.accumulate = accumulate
         self.validation, self.imitation = validation, imitation
         self.progress, self.checkpoint_every = progress, checkpoint_every
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        # Imitation steps by a twin of the optimizer, so that its moments stay apart.
-        self._optimizers = [optimizer] if imitation is None else [optimizer, twin(optimizer)]
-        self._settings = [settings(group) for group in optimizer.param_groups]
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._ranks = Ranks()
+        count = check_groups(groups, accumulate, self._ranks.size, imitation)
+        self._outer = OuterUpdate(
+            rule, optimizer, schedule, clip_grad, average, imitation is not None
+        )
+        self._snr = SignalToNoise() if log_snr else None
         self._dtype = next(rule.parameters()).dtype
         weights = check_weights(task_weights, len(self.tasks))
         self._starter = GroupStarter(
-            self.tasks, weights, runs, self.horizon, self.unroll, imitation, self._dtype
+            *(self.tasks, weights, runs, self.estimator, self.horizon, self.unroll),
+            *(imitation, self._dtype),
         )
-        self._generator = torch.Generator().manual_seed(seed)
-        self._groups: list[Group | None] = [None] * groups
-        self._log = TrainingLog(self.checkpoint_dir)
-        self.outer_step, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self._groups = Groups(self._starter, count, seed, divergence, self._ranks)
+        self._log = TrainingLog(self.checkpoint_dir if self._ranks.main else None)
+        self.outer_step, self.inner_steps, self.skipped, self._skipped_in_a_row = 0, 0, 0, 0
         self.best_score, self.last_score = math.inf, math.inf
         self.best_step: int | None = None
         self._best_parameters: dict[str, Tensor] | None = None
@@ -177,14 +200,11 @@ class MetaTrainer:
         """
         best = from_config(self.rule.family, self.rule.config()).to(self._dtype)
         best.load_state_dict(
-            self._candidate.state_dict() if self._best_parameters is None else self._best_parameters
+            self._outer.candidate.state_dict()
+            if self._best_parameters is None
+            else self._best_parameters
         )
         return best
-
-    @property
-    def _candidate(self) -> Rule:
-        """What is validated: the average of the rule where one is kept, or else the rule."""
-        return self.rule if self._averaged is None else cast(Rule, self._averaged.module)
 
     def fit(self, outer_steps: int) -> FitResult:
         """Train until ``outer_steps`` outer steps are done, counted from the start of training.
@@ -200,20 +220,22 @@ class MetaTrainer:
         check_number("outer_steps", outer_steps, minimum=0, integer=True)
         begun = time.perf_counter()
         self.resume()
-        meta_loss = math.nan
+        meta_loss, before = math.nan, self.inner_steps
         with tqdm(
             total=max(outer_steps, self.outer_step),
             initial=self.outer_step,
             unit="step",
             desc="meta-training",
-            disable=None if self.progress is None else not self.progress,
+            disable=self._hides_progress,
         ) as bar:
             while self.outer_step < outer_steps:
                 meta_loss = self._outer_step(outer_steps, begun)
                 last = self.last_score if math.isfinite(self.last_score) else None
+                rate = (self.inner_steps - before) / (time.perf_counter() - begun)
                 bar.set_postfix(
-                    loss=f"{meta_loss:.4g}", score=last, best=self.best_step, refresh=False
-                )
+                    *({"inner/s": f"{rate:.4g}", "loss": f"{meta_loss:.4g}"},),
+                    score=last, best=self.best_step, refresh=False,
+                )  # fmt: skip
                 bar.update()
         return FitResult(
             self.outer_step,
@@ -222,90 +244,69 @@ class MetaTrainer:
             self.last_score,
             meta_loss,
             self.skipped,
+            self.inner_steps,
             time.perf_counter() - begun,
         )
 
+    @property
+    def _hides_progress(self) -> bool | None:
+        if not self._ranks.main:
+            return True
+        return None if self.progress is None else not self.progress
+
     def _outer_step(self, outer_steps: int, begun: float) -> float:
-        """One window, one update, and what is due after it; returns the meta-loss."""
-        slot = self.outer_step % len(self._groups)
-        group = self._groups[slot]
-        if group is None or group.finished:
-            group = self._starter.start(self.rule, self.outer_step, self._generator)
-        result = group.advance(self.rule, self.estimator, self.imitation)
-        norm = float(torch.linalg.vector_norm(result.gradient))
-        usable = self._usable(result, group, norm)
-        factor = 1.0 if self.schedule is None else self.schedule(self.outer_step)
-        usable = usable and self._update(
-            result.gradient, norm, factor, imitating=group.moments is not None
+        """The windows of one update, the update, and what is due after it; the mean meta-loss."""
+        outcome = self._groups.advance(
+            self.rule, self.estimator, self.imitation, self.outer_step, self.accumulate
         )
-        self._groups[slot] = group if usable else None
+        usable = outcome.usable and self._outer.apply(
+            outcome.gradient, self.outer_step, imitating=outcome.imitating
+        )
+        if outcome.usable and not usable:
+            self._groups.drop(self.outer_step, self.accumulate)
         self._skipped_in_a_row = 0 if usable else self._skipped_in_a_row + 1
         self.skipped += not usable
+        lr = self._outer.lr(self.outer_step)
         self.outer_step += 1
-        score = self._validate()
-        self._log.append(
-            outer_step=self.outer_step,
-            **group.describe(result),
-            gradient_norm=norm,
-            lr=self._base_lrs[0] * factor,
-            skipped=self.skipped,
-            validation=score,
-            seconds=round(time.perf_counter() - begun, 3),
-        )
+        self.inner_steps += outcome.inner_steps
+        self._log_step(outcome, lr, self._validate(), begun)
         due = self.outer_step % self.checkpoint_every == 0 or self.outer_step == outer_steps
-        if self.checkpoint_dir is not None and due:
-            save_checkpoint(self.checkpoint_dir, self.state_dict())
-        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-            if self.checkpoint_dir is not None and not due:
-                save_checkpoint(self.checkpoint_dir, self.state_dict())
+        broken = self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW
+        if self.checkpoint_dir is not None and (due or broken):
+            state = self.state_dict()
+            if self._ranks.main:
+                save_checkpoint(self.checkpoint_dir, state)
+        if broken:
             raise RuntimeError(
                 f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged "
                 f"losses, up to outer step {self.outer_step}; lower the optimizer's lr or set "
                 "clip_grad. best_rule is the best validated rule, or else the last one"
             )
-        return float(result.loss)
+        return outcome.meta_loss
 
-    def _usable(self, result: MetaGradient, group: Group, norm: float) -> bool:
-        if not (
-            math.isfinite(norm)
-            and bool(torch.isfinite(result.losses).all())
-            and math.isfinite(float(result.loss))
-        ):
-            return False
-        if self.divergence is None:
-            return True
-        # The added 1 keeps runs that happen to start at a tiny loss from counting as diverged.
-        bound = self.divergence * (group.progress.first_losses + 1.0)
-        return bool((result.losses[-1] <= bound).all())
-
-    def _update(self, gradient: Tensor, norm: float, factor: float, *, imitating: bool) -> bool:
-        """Take one outer step; False, and the rule as it was, if it left a number not finite."""
-        if self.clip_grad is not None and norm > self.clip_grad:
-            gradient = gradient * (self.clip_grad / norm)
-        pieces = self.rule.unflatten(gradient)
-        before = {name: value.detach().clone() for name, value in self.rule.named_parameters()}
-        for name, parameter in self.rule.named_parameters():
-            if parameter.requires_grad:
-                parameter.grad = pieces[name].clone()
-        optimizer = self._optimizers[1 if imitating else 0]
-        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if all(bool(torch.isfinite(value).all()) for value in self.rule.parameters()):
-            if self._averaged is not None:
-                self._averaged.update_parameters(self.rule)
-            return True
-        with torch.no_grad():
-            for name, parameter in self.rule.named_parameters():
-                parameter.copy_(before[name])
-        return False
+    def _log_step(self, outcome: Outcome, lr: float, score: float | None, begun: float) -> None:
+        snr = None
+        if self._snr is not None and outcome.usable:
+            snr = self._snr.update(outcome.gradient)
+        self._log.append(
+            outer_step=self.outer_step,
+            **outcome.described,
+            gradient_norm=float(torch.linalg.vector_norm(outcome.gradient)),
+            snr=snr,
+            lr=lr,
+            skipped=self.skipped,
+            validation=score,
+            inner_steps=self.inner_steps,
+            seconds=round(time.perf_counter() - begun, 3),
+        )
 
     def _validate(self) -> float | None:
         if self.validation is None or self.outer_step % self.validation.every != 0:
             return None
-        rule = self._candidate
-        score = self.validation.score(rule, self.tasks, longest(self.horizon), self._dtype)
+        rule, score = self._outer.candidate, math.inf
+        if self._ranks.main:
+            score = self.validation.score(rule, self.tasks, longest(self.horizon), self._dtype)
+        score = self._ranks.agree(score)
         self.last_score = score
         if score < self.best_score:
             self.best_score, self.best_step = score, self.outer_step
@@ -323,13 +324,15 @@ class MetaTrainer:
             "estimator": repr(self.estimator),
             "horizon": repr(self.horizon),
             "unroll": repr(self.unroll),
-            "optimizer": [type(self.optimizer).__name__, self._settings],
+            "optimizer": [type(self.optimizer).__name__, self._outer.settings],
             "seed": self.seed,
             "runs": self._starter.runs,
-            "groups": len(self._groups),
+            "accumulate": self.accumulate,
+            "groups": self._groups.count,
             "clip_grad": self.clip_grad,
             "average": self.average,
             "divergence": self.divergence,
+            "log_snr": self._snr is not None,
             "schedule": repr(self.schedule) if known else "function",
             "validation": None if self.validation is None else self.validation.config(),
             "imitation": None if self.imitation is None else self.imitation.config(),
@@ -337,15 +340,16 @@ class MetaTrainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole training state: tensors, numbers and text that ``weights_only`` accepts."""
+        """The whole training state: tensors, numbers and text that ``weights_only`` accepts.
+
+        Of several processes all must call it, and the first one's is whole.
+        """
         return {
             "fingerprint": json.dumps(self.fingerprint()),
-            "rule": self.rule.state_dict(),
-            "averaged": None if self._averaged is None else self._averaged.state_dict(),
+            "outer": self._outer.state_dict(),
             "best": self._best_parameters,
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "generator": self._generator.get_state(),
-            "groups": [None if group is None else group.state_dict() for group in self._groups],
+            "groups": self._groups.state_dict(),
+            "snr": None if self._snr is None else self._snr.state_dict(),
             "counters": {name: getattr(self, name) for name in _COUNTERS},
         }
 
@@ -370,16 +374,11 @@ class MetaTrainer:
                 "give the saved settings, or choose another checkpoint_dir (--out). A schedule "
                 "ends at a recipe's last outer step: with one, --outer-steps must stay as it was"
             )
-        self.rule.load_state_dict(state["rule"])
-        if self._averaged is not None:
-            self._averaged.load_state_dict(state["averaged"])
+        self._outer.load_state_dict(state["outer"])
         self._best_parameters = state["best"]
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self._generator.set_state(state["generator"])
-        self._groups = [
-            None if saved is None else self._starter.restore(saved) for saved in state["groups"]
-        ]
+        self._groups.load_state_dict(state["groups"])
+        if self._snr is not None:
+            self._snr.load_state_dict(state["snr"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
 

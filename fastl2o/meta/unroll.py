@@ -9,9 +9,10 @@ meta-gradient alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,38 @@ if TYPE_CHECKING:
     from ..rules import Rule
     from .tasks import TaskRun
 
-__all__ = ["Progress", "Window", "run_window", "start"]
+__all__ = ["Perturbations", "Progress", "Window", "roll", "run_window", "start"]
+
+
+@dataclass
+class Perturbations:
+    """Normal numbers that disturb meta-parameters, made from counters and so never stored.
+
+    Attributes:
+        seed: tells these runs' numbers from all others'.
+        windows: how many windows of the runs have been disturbed.
+    """
+
+    seed: int
+    windows: int = 0
+    _sum: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def noise(self, window: int, pairs: int, size: int) -> Tensor:
+        """The numbers ``(pairs, size)``, float32, of one window: the same at every call."""
+        # The counter's highest word holds the window: the windows' numbers cannot overlap.
+        source = np.random.Philox(key=self.seed, counter=[0, 0, 0, window])
+        drawn = np.random.Generator(source).standard_normal((pairs, size), dtype=np.float32)
+        return torch.from_numpy(drawn)
+
+    def add(self, drawn: Tensor) -> Tensor:
+        """The sum ``(pairs, size)`` over the windows so far and ``drawn``, the present one's."""
+        if self._sum is None:
+            # Zero for runs that start; for restored ones the numbers are made again.
+            self._sum = torch.zeros_like(drawn)
+            for window in range(self.windows):
+                self._sum += self.noise(window, *drawn.shape).to(drawn)
+        self._sum += drawn
+        return self._sum
 
 
 @dataclass
@@ -39,6 +71,7 @@ class Progress:
         losses: f at ``params`` ``(R,)``; with ``grads`` the evaluation that the next step uses.
         grads: gradient at ``params`` ``(R, D)``.
         first_losses: f at the initial parameters ``(R,)``.
+        perturbations: of the meta-parameters, where the estimator disturbs them.
     """
 
     run: TaskRun
@@ -48,19 +81,29 @@ class Progress:
     losses: Tensor
     grads: Tensor
     first_losses: Tensor
+    perturbations: Perturbations | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         names = ("params", "state", "step", "losses", "grads", "first_losses")
-        return {"run": self.run.state_dict(), **{name: getattr(self, name) for name in names}}
+        noise = self.perturbations
+        return {
+            "run": self.run.state_dict(),
+            "perturbations": None if noise is None else [noise.seed, noise.windows],
+            **{name: getattr(self, name) for name in names},
+        }
 
     @classmethod
     def from_state_dict(cls, run: TaskRun, saved: dict[str, Any]) -> Progress:
         """Put a saved position back; ``run`` is any run of the same task, with as many runs."""
         run.load_state_dict(saved["run"])
         names = ("params", "state", "losses", "grads", "first_losses")
+        noise = saved["perturbations"]
         return cls(
-            run=run, step=int(saved["step"]), **{name: saved[name].clone() for name in names}
+            run=run,
+            step=int(saved["step"]),
+            perturbations=None if noise is None else Perturbations(*noise),
+            **{name: saved[name].clone() for name in names},
         )
 
 
@@ -73,14 +116,20 @@ class Window(NamedTuple):
     step: int  # inner steps taken before the window
 
 
-def start(rule: Rule, run: TaskRun) -> Progress:
+def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
     """Begin the runs: initial state, and the first evaluation at the initial parameters.
 
     What is random about the state follows from the run's generator, which it leaves as it is.
+
+    Args:
+        rule: the rule that will step them.
+        run: what they train.
+        state: to start from in place of ``rule.init_runs``.
     """
     params = run.params.clone(memory_format=torch.contiguous_format)
+    if state is None:
+        state = rule.init_runs(params, run.tensor_sizes, run.generator)
     losses, grads = run.loss_and_grad(params, run.next_batch())
-    state = rule.init_runs(params, run.tensor_sizes, run.generator)
     return Progress(run, params, state, 0, losses, grads, losses.clone())
 
 
@@ -117,6 +166,45 @@ def run_window(
     return window
 
 
+def roll(
+    rule: Rule,
+    progress: Progress,
+    steps: int,
+    meta: Tensor,
+    *,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Advance ``progress`` by ``steps``, in place, each run by a row of meta-parameters of its own.
+
+    Args:
+        rule: its config says what is computed, not its meta-parameters.
+        progress: where the runs stand; advanced in place.
+        steps: T, at least 1.
+        meta: ``(R, M)``, flat meta-parameters of each run.
+        lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
+
+    Returns:
+        The losses ``(T + 1, R)``, f_0 .. f_T. Gradients are not kept.
+    """
+    apart = not isinstance(rule, HierarchicalRule)
+    # A run's planes lie together while it is stepped by meta-parameters of its own.
+    state = progress.state.transpose(0, 1).contiguous() if apart else progress.state
+    losses, grads = [progress.losses], progress.grads
+    sizes = progress.run.tensor_sizes
+    with torch.no_grad():
+        for t in range(steps):
+            taken = progress.step + t
+            _step(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
+            loss, grads = progress.run.loss_and_grad(progress.params, progress.run.next_batch())
+            losses.append(loss)
+    if apart:
+        progress.state.copy_(state.transpose(0, 1))
+    progress.step += steps
+    progress.losses, progress.grads = losses[-1].clone(), grads.contiguous()
+    return torch.stack(losses)
+
+
 def _step(
     rule: Rule,
     params: Tensor,
@@ -126,17 +214,22 @@ def _step(
     sizes: Sequence[int],
     lr: float,
     weight_decay: float,
+    meta: Tensor | None = None,
 ) -> None:
     if isinstance(rule, HierarchicalRule):
-        hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay)
+        hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay, meta)
         return
+    each = meta is not None
+    many = [list(tensor) if each else [tensor] for tensor in (params, grads, state)]
+    counts = torch.full((len(many[0]),), float(step))
     ops.step_(
         ops.coordinate_wise(rule),
-        [params],
-        [grads],
-        [state],
-        [torch.tensor(float(step))],
+        many[0],
+        many[1],
+        many[2],
+        list(counts.unbind()),
         lr=lr,
         weight_decay=weight_decay,
         nonfinite="pass",
+        meta=meta,
     )

@@ -27,6 +27,7 @@ class Rule(nn.Module, abc.ABC):
         family: name of the architecture, as written in rule files.
         needs_step: whether the rule needs the number of steps already taken.
         learned_start: whether the state before the first step depends on the meta-parameters.
+        runs_axis: the dimension of the runs in the state that `init_runs` makes.
         card: what is known about the meta-parameters (how trained, on what); filled by
             `fastl2o.load`.
 
@@ -37,6 +38,7 @@ class Rule(nn.Module, abc.ABC):
     family: ClassVar[str]
     needs_step: ClassVar[bool] = False
     learned_start: ClassVar[bool] = False
+    runs_axis: ClassVar[int]
     card: dict[str, Any]
 
     def __init__(self) -> None:
@@ -91,6 +93,15 @@ class Rule(nn.Module, abc.ABC):
     def start_gradient(self, d_state: Tensor, sizes: Sequence[int]) -> Tensor:
         """Gradient `(M,)` of the meta-parameters through the state that `init_runs` made."""
         return d_state.new_zeros(self.num_meta_parameters)
+
+    def shift_start(self, state: Tensor, offsets: Tensor, sizes: Sequence[int]) -> None:
+        """Add to the state that `init_runs` made what a change of the meta-parameters adds to it.
+
+        Args:
+            state: changed in place.
+            offsets: `(R, M)`, the change of the flat meta-parameters for each run.
+            sizes: as for `init_runs`.
+        """
 
     # Meta-parameters as one vector
     # ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class CoordinateRule(Rule):
 
     Subclasses give the maths on flat coordinates: `_forward` and `_backward`.
     """
+
+    runs_axis: ClassVar[int] = 1
 
     @abc.abstractmethod
     def _forward(

@@ -56,6 +56,7 @@ class HierarchicalRule(Rule):
     family: ClassVar[str] = "hierarchical"
     needs_step: ClassVar[bool] = True
     learned_start: ClassVar[bool] = True
+    runs_axis: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -239,6 +240,16 @@ class HierarchicalRule(Rule):
                 of["tensor_start"] += tensor[:-1]
             of["global_start"] += hidden
         return gradient
+
+    def shift_start(self, state: Tensor, offsets: Tensor, sizes: Sequence[int]) -> None:
+        """See `Rule.shift_start`; the transpose of `start_gradient`."""
+        for row, offset in zip(state, offsets, strict=True):
+            of = self.unflatten(offset)
+            planes, tensors, hidden = _runs.views(self, row, sizes)
+            for plane, tensor in zip(planes, tensors, strict=True):
+                plane[: self.param_size] += of["param_start"][:, None]
+                tensor[:-1] += of["tensor_start"]
+            hidden += of["global_start"]
 
     def reference_step(
         self,
