@@ -52,13 +52,13 @@ class Ranks:
         dist.gather_object(items, everyone)
         return items if everyone is None else {k: v for part in everyone for k, v in part.items()}
 
-    def agree(self, value: float) -> float:
-        """The main process's number, in all of them."""
+    def agree(self, value: Any) -> Any:
+        """The main process's value, in all of them; what the others give is not looked at."""
         if self.size == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(shared, 0)
-        return float(shared)
+        shared = [value]
+        dist.broadcast_object_list(shared, 0)
+        return shared[0]
 
 
 @contextmanager

@@ -67,9 +67,8 @@ class MetaTrainer:
     window whose losses or meta-gradient are not finite is not used: the update is skipped and
     counted, and new runs are drawn.
 
-    Where torch.distributed is initialised, the processes share the windows of each outer step and
-    take the same update, that of one process up to the last bit. The first of them writes files and
-    shows progress.
+    Where torch.distributed is initialised, the processes share the windows of an outer step and
+    take the same update, bit for bit that of one process; the first writes files.
 
     Everything random comes from ``seed``. With a ``checkpoint_dir`` the whole training state is
     saved, and the same training started again after a kill continues to the same bits as one that
@@ -232,10 +231,8 @@ class MetaTrainer:
                 meta_loss = self._outer_step(outer_steps, begun)
                 last = self.last_score if math.isfinite(self.last_score) else None
                 rate = (self.inner_steps - before) / (time.perf_counter() - begun)
-                bar.set_postfix(
-                    *({"inner/s": f"{rate:.4g}", "loss": f"{meta_loss:.4g}"},),
-                    score=last, best=self.best_step, refresh=False,
-                )  # fmt: skip
+                shown = {"inner/s": f"{rate:.4g}", "loss": f"{meta_loss:.4g}"}
+                bar.set_postfix(shown, score=last, best=self.best_step, refresh=False)
                 bar.update()
         return FitResult(
             self.outer_step,
@@ -386,7 +383,10 @@ class MetaTrainer:
         """Go on from the checkpoint in ``checkpoint_dir``, if there is one; ``fit`` does it too."""
         if self._started or self.checkpoint_dir is None:
             return
-        saved = load_checkpoint(self.checkpoint_dir)
+        # The first process's word counts: another may look before that one has written.
+        saved = self._ranks.agree(
+            load_checkpoint(self.checkpoint_dir) if self._ranks.main else None
+        )
         if saved is not None:
             try:
                 self.load_state_dict(saved)
