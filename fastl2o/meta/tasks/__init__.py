@@ -2,6 +2,7 @@
 
 from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun
 from ._data import DATA_VARIABLE, find_mnist
+from ._drawn import DrawnBatchSize, DrawnMLP, DrawnTask
 from ._ensemble import ensemble
 from ._functions import BenchmarkFunction, Bowl, Norm
 from ._mlp import MLPClassification
@@ -16,6 +17,9 @@ __all__ = [
     "BatchedRun",
     "BenchmarkFunction",
     "Bowl",
+    "DrawnBatchSize",
+    "DrawnMLP",
+    "DrawnTask",
     "GradientNoise",
     "LogObjective",
     "MLPClassification",
