@@ -1,6 +1,8 @@
 """Tasks: families of optimizees with data (see ``Task``), and tasks made from tasks."""
 
+from ._autoencoder import Autoencoder
 from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun
+from ._conv import ConvClassification
 from ._data import DATA_VARIABLE, find_mnist
 from ._drawn import DrawnBatchSize, DrawnMLP, DrawnTask
 from ._ensemble import ensemble
@@ -13,10 +15,12 @@ from ._transforms import RandomScaling, WithConvex
 
 __all__ = [
     "DATA_VARIABLE",
+    "Autoencoder",
     "Batch",
     "BatchedRun",
     "BenchmarkFunction",
     "Bowl",
+    "ConvClassification",
     "DrawnBatchSize",
     "DrawnMLP",
     "DrawnTask",

@@ -24,6 +24,7 @@ __all__ = [
     "MLPClassification",
     "check_hidden",
     "check_init_scale",
+    "cross_entropies",
     "network",
     "split_layers",
 ]
@@ -111,6 +112,12 @@ def network(
         inputs = activation(points) if layer else points
         points = torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
     return points
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy ``(R,)`` of ``logits (R, B, classes)`` at ``labels (R, B)``."""
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return each.view(labels.shape).mean(dim=1)
 
 
 def check_hidden(hidden: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .._checks import check_num_runs, check_number
 from ._base import Batch, BatchedRun, Task, TaskRun, fork_generator
-from ._mlp import check_hidden, network
+from ._mlp import check_hidden, cross_entropies, network
 
 __all__ = ["RandomMLP", "SoftmaxRegression"]
 
@@ -53,11 +53,8 @@ class _MinibatchRun(BatchedRun):
 
     def batched(self, params: Tensor, *inputs: Tensor) -> Tensor:
         points, labels = inputs
-        logits = network(params, points, self.sizes)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none"
-        ).view(labels.shape)
-        return losses.mean(dim=1) + self.weight_decay * params.square().mean(dim=1)
+        losses = cross_entropies(network(params, points, self.sizes), labels)
+        return losses + self.weight_decay * params.square().mean(dim=1)
 
 
 def draw_network(
