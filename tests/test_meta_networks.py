@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fastl2o import meta
-from fastl2o.meta.tasks import Autoencoder, ConvClassification, Task
+from fastl2o.meta.tasks import Autoencoder, CharRNN, CharTransformer, ConvClassification
+from fastl2o.meta.tasks._text import ALPHABET, TextTask, draw_text, load_text
 from tests.test_meta_tasks import F64, seeded
-from tests.test_meta_trainer import small_rule
 
 NETWORKS: dict[str, Any] = {
     "conv": ConvClassification("digits", channels=(3, 4), batch_size=5),
@@ -22,12 +22,19 @@ NETWORKS: dict[str, Any] = {
     "autoencoder": Autoencoder("digits", hidden=(6, 3), batch_size=5),
     "autoencoder-odds": Autoencoder("digits", (4,), "sigmoid", loss="cross_entropy"),
     "autoencoder-signals": Autoencoder("signals", (5,), "elu", batch_size=5),
+    "rnn": CharRNN(hidden_size=5, length=6, batch_size=4, fraction=0.01),
+    "gru": CharRNN("gru", 4, length=5, batch_size=4, language=1, fraction=0.01),
+    "transformer": CharTransformer(8, 2, 1, 6, length=5, batch_size=3, fraction=0.01),
+    "transformer-deep": CharTransformer(6, 3, 2, 9, length=7, batch_size=3, fraction=0.01),
 }
 over_networks = pytest.mark.parametrize("task", NETWORKS.values(), ids=NETWORKS.keys())
 
 
 def module_loss(task: Any, module: torch.nn.Module, indices: Tensor) -> Tensor:
     """The loss that the task's documentation states, at the examples ``indices`` of one run."""
+    if isinstance(task, TextTask):
+        windows = torch.stack([task.examples()[i : i + task.length + 1] for i in indices])
+        return F.cross_entropy(module(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     images, labels = (tensor[indices] for tensor in task.examples())
     pixels = images.double() * task.images.scale
     outputs = module(pixels)
@@ -95,7 +102,13 @@ def test_full_batches_are_all_examples_of_the_split(task: Any) -> None:
     module = task.module().double()
     vector_to_parameters(run.params[0], module.parameters())
     (everything,) = run.full_batch()
-    assert len(everything[0].unique()) == len(task.examples()[1])
+    if isinstance(task, TextTask):
+        # Windows side by side: every character but the first, and the last if no window is left.
+        missing = len(task.examples()) - 1 - everything.shape[1] * task.length
+        assert 0 <= missing < task.length
+        assert (everything[0].diff() == task.length).all()
+    else:
+        assert len(everything[0].unique()) == len(task.examples()[1])
     expected = module_loss(task, module, everything[0])
     torch.testing.assert_close(run.losses(run.params, run.full_batch())[0], expected)
 
@@ -108,11 +121,38 @@ def test_held_out_is_data_that_meta_training_does_not_see(task: Any) -> None:
     assert other.held_out() is other
 
 
-def test_rules_train_on_networks_to_second_order() -> None:
-    tasks: list[Task] = list(NETWORKS.values())
-    estimator = meta.TruncatedBPTT(2, objective="log", second_order=True)
-    trainer = meta.MetaTrainer(small_rule(), tasks, estimator, horizon=2, runs=2, progress=False)
-    assert trainer.fit(outer_steps=2 * len(tasks)).skipped == 0
+@over_networks
+def test_second_derivatives_are_symmetric(task: Any) -> None:
+    # Meta-gradients of second order go through a second backward.
+    run = task.sample(2, seeded(), F64)
+    params, batch = run.params.clone().requires_grad_(), run.next_batch()
+    left, right = torch.randn(2, 2, run.dim, generator=seeded(1), dtype=F64)
+    (grads,) = torch.autograd.grad(run.losses(params, batch).sum(), params, create_graph=True)
+    (right_product,) = torch.autograd.grad(grads, params, right, retain_graph=True)
+    (left_product,) = torch.autograd.grad(grads, params, left)
+    first, second = (left * right_product).sum(dim=1), (right * left_product).sum(dim=1)
+    assert first.abs().min() > 1e-6
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
+
+
+def test_text_is_the_languages_own() -> None:
+    assert draw_text(2000) == draw_text(3000)[:2000]
+    assert draw_text(2000) != draw_text(2000, language=1)
+    train, test = load_text(0)
+    assert (len(train), len(test)) == (90_000, 10_000)
+    assert "".join(ALPHABET[place] for place in train[:2000].tolist()) == draw_text(2000)
+    assert len(train.unique()) == len(ALPHABET) == 29
+
+
+def test_verbs_agree_with_the_noun_before_them() -> None:
+    sentences = draw_text(30_000).split(". ")[:-1]
+    assert len(sentences) > 500
+    for sentence in sentences:
+        # Determiner, perhaps an adjective, noun, verb: so one of these pairs is noun and verb.
+        words = sentence.replace(",", "").split()[1:4]
+        assert any(
+            verb.endswith("s" if noun[-1] in "aeiou" else "n") for noun, verb in pairwise(words)
+        ), sentence
 
 
 @pytest.mark.parametrize(
@@ -127,6 +167,12 @@ def test_rules_train_on_networks_to_second_order() -> None:
         (lambda: Autoencoder(loss="bce"), "loss must be one of 'squared', 'cross_entropy'"),
         (lambda: Autoencoder("signals", loss="cross_entropy"), "signals are not bounded; use"),
         (lambda: Autoencoder(hidden=8), "hidden must be a sequence"),
+        (lambda: CharRNN("lstm"), "cell must be one of 'tanh', 'gru'; got 'lstm'"),
+        (lambda: CharRNN(hidden_size=0), "hidden_size must be an int of at least 1"),
+        (lambda: CharRNN(language=-1), "language must be an int of at least 0"),
+        (lambda: CharRNN(length=10_000, split="test").examples(), "choose a shorter length"),
+        (lambda: CharTransformer(width=9), "width must be a multiple of num_heads = 2, got 9"),
+        (lambda: CharTransformer(num_layers=0), "num_layers must be an int of at least 1"),
     ],
 )
 def test_impossible_arguments_are_named(make: Any, message: str) -> None:

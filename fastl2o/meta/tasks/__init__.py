@@ -2,6 +2,8 @@
 
 from ._autoencoder import Autoencoder
 from ._base import Batch, BatchedRun, Task, TaskRun, VmapRun
+from ._char_rnn import CharRNN
+from ._char_transformer import CharTransformer
 from ._conv import ConvClassification
 from ._data import DATA_VARIABLE, find_mnist
 from ._drawn import DrawnBatchSize, DrawnMLP, DrawnTask
@@ -11,6 +13,7 @@ from ._mlp import MLPClassification
 from ._objectives import GradientNoise, LogObjective, Rescaled, SparseGradients, SumOf
 from ._quadratic import Quadratic
 from ._synthetic import RandomMLP, SoftmaxRegression
+from ._text import draw_text
 from ._transforms import RandomScaling, WithConvex
 
 __all__ = [
@@ -20,6 +23,8 @@ __all__ = [
     "BatchedRun",
     "BenchmarkFunction",
     "Bowl",
+    "CharRNN",
+    "CharTransformer",
     "ConvClassification",
     "DrawnBatchSize",
     "DrawnMLP",
@@ -39,6 +44,7 @@ __all__ = [
     "TaskRun",
     "VmapRun",
     "WithConvex",
+    "draw_text",
     "ensemble",
     "find_mnist",
 ]
