@@ -18,6 +18,8 @@ from fastl2o.meta.tasks import (
     RandomScaling,
     SumOf,
     Task,
+    TensorScaling,
+    WeightNormalization,
     WithConvex,
 )
 from fastl2o.meta.tasks._signals import draw_signals
@@ -36,6 +38,8 @@ DRAWN = {
     "both": DrawnBatchSize(family(), low=2, high=40),
     "noisy": GradientNoise(family()),
     "rnnprop": WithConvex(RandomScaling(family()), num=4),
+    "normalized": WeightNormalization(family()),
+    "tensor-scaled": TensorScaling(family()),
     "sum": SumOf([family(), Bowl(), family()]),
 }
 over_drawn = pytest.mark.parametrize("task", DRAWN.values(), ids=DRAWN.keys())
@@ -110,7 +114,7 @@ def make_trainer(**options: Any) -> meta.MetaTrainer:
         small_rule(),
         tasks,
         meta.TruncatedBPTT(2, objective="log"),
-        horizon=(2, 6),
+        horizon=(2, 4),
         runs=2,
         groups=2,
         progress=False,
@@ -121,10 +125,10 @@ def make_trainer(**options: Any) -> meta.MetaTrainer:
 
 def test_a_resumed_training_on_drawn_tasks_has_the_same_bits(tmp_path: Any) -> None:
     whole = make_trainer()
-    whole.fit(12)
-    make_trainer(checkpoint_dir=tmp_path).fit(5)
+    whole.fit(8)
+    make_trainer(checkpoint_dir=tmp_path).fit(3)
     resumed = make_trainer(checkpoint_dir=tmp_path)
-    resumed.fit(12)
+    resumed.fit(8)
     assert_same_bits(resumed, whole)
 
 

@@ -111,10 +111,14 @@ class RandomScaling(Task):
         self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> TaskRun:
         inner = self.task.sample(num_runs, generator, dtype)
-        uniform = torch.rand(inner.params.shape, generator=generator, dtype=dtype)
-        scale = torch.exp((2 * uniform - 1) * self.bound)
+        scale = self._draw_scale(inner, generator)
         tensors = {"params": inner.params / scale, "scale": scale}
         return _ScaledRun(inner, tensors, fork_generator(generator))
+
+    def _draw_scale(self, inner: TaskRun, generator: torch.Generator) -> Tensor:
+        """The factors ``(R, D)``."""
+        uniform = torch.rand(inner.params.shape, generator=generator, dtype=inner.params.dtype)
+        return torch.exp((2 * uniform - 1) * self.bound)
 
 
 _CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
