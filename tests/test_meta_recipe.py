@@ -136,7 +136,7 @@ def test_an_ensemble_stands_for_its_tasks() -> None:
     assert len(trainer.tasks) == 8 + 6 + 1
     expected = torch.tensor([1 / 8] * 8 + [1 / 6] * 6 + [1.0])
     torch.testing.assert_close(trainer._starter.weights, expected)
-    with pytest.raises(RecipeError, match=r"tasks\[0\].families must be a list of some of quadr"):
+    with pytest.raises(RecipeError, match=r"tasks\[0\]: families must be a list of some of quadr"):
         build_trainer(parse_recipe(table.replace('"bowl"', '"ball"')))
     with pytest.raises(RecipeError, match=r"unknown key 'tasks\[0\].familys'"):
         parse_recipe(table.replace("families", "familys"))

@@ -26,7 +26,9 @@ from fastl2o.meta.tasks import (
     SoftmaxRegression,
     SumOf,
     Task,
+    TensorScaling,
     VmapRun,
+    WeightNormalization,
     WithConvex,
 )
 
@@ -51,6 +53,8 @@ TASKS = {
     "scaled": RandomScaling(Quadratic(dim=4, init_scale=1.0), bound=2.0),
     "convex": WithConvex(Quadratic(dim=3), num=5, bound=1.0),
     "rnnprop": WithConvex(RandomScaling(small_mlp(), 3.0), num=4, bound=1.0),
+    "tensor-scaled": TensorScaling(small_mlp(), bound=2.0),
+    "normalized": WeightNormalization(small_mlp()),
     "function": BenchmarkFunction("styblinski_tang"),
     "bowl": Bowl(condition=5.0, angle=45.0),
     "norm": Norm(dim=4, p=2.5),

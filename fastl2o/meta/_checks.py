@@ -21,11 +21,11 @@ def check_num_runs(num_runs: int) -> None:
         raise ValueError(f"num_runs must be an int of at least 1, got {num_runs!r}")
 
 
-def check_seed(seed: object) -> None:
+def check_seed(seed: object, name: str = "seed") -> None:
     """Refuse a seed that a generator would not take, or take for another one."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         kind = ValueError if type(seed) is int else TypeError
-        raise kind(f"seed must be an int of at least 0 and below 2**63, got {seed!r}")
+        raise kind(f"{name} must be an int of at least 0 and below 2**63, got {seed!r}")
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

@@ -12,49 +12,18 @@ from typing import Any
 import torch
 
 from ._checks import check_number
+from ._recipe_tasks import TASK_KEYS, TASK_LISTS, TASKS, Keys
 from .estimators import Estimator, TruncatedBPTT
 from .evolution import ES, PES
 from .optimizers import MuonAdam
-from .tasks import MLPClassification, Quadratic, Task
 
-__all__ = ["ESTIMATORS", "OPTIMIZERS", "TASKS", "RecipeError", "check_recipe", "naming"]
-
-Keys = dict[str, tuple[type, ...]]
+__all__ = ["ESTIMATORS", "OPTIMIZERS", "RecipeError", "check_recipe", "naming"]
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the key and what is accepted."""
 
 
-TASKS: dict[str, tuple[Callable[..., Task], Keys]] = {
-    "quadratic": (Quadratic, {"dim": (int,), "distribution": (str,), "init_scale": (int, float)}),
-    "mlp": (
-        MLPClassification,
-        {
-            "data": (str,),
-            "hidden": (list,),
-            "activation": (str,),
-            "batch_size": (int,),
-            "init_scale": (int, float, str),
-            "split": (str,),
-            "fraction": (int, float),
-        },
-    ),
-}
-ENSEMBLE_KEYS: Keys = {
-    "kind": (str,),
-    "weight": (int, float),
-    "families": (list,),
-    "networks": (bool,),
-    "held_out": (bool,),
-}
-_TASK_KEYS: Keys = {
-    "kind": (str,),
-    "weight": (int, float),
-    "convex": (int,),
-    "convex_scaling": (int, float),
-    "scaling": (int, float),
-}
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Keys]] = {
     "adam": (torch.optim.Adam, {"lr": (int, float), "betas": (list,), "eps": (int, float)}),
     "adamw": (
@@ -232,12 +201,18 @@ def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
                 f"{source}: {place} must be a table, written [[{where}]]; got {task!r}"
             )
         kind = task.get("kind")
-        if kind not in TASKS and kind != "ensemble":
+        if kind not in TASKS and kind not in TASK_LISTS:
             raise RecipeError(
-                f"{source}: {place}.kind must be one of {', '.join(TASKS)}, ensemble; got {kind!r}"
+                f"{source}: {place}.kind must be one of {', '.join([*TASKS, *TASK_LISTS])}; "
+                f"got {kind!r}"
             )
-        known = ENSEMBLE_KEYS if kind == "ensemble" else {**_TASK_KEYS, **TASKS[kind][1]}
+        known = TASK_LISTS[kind] if kind in TASK_LISTS else {**TASK_KEYS, **TASKS[kind][1]}
         _check_table(source, place, task, known)
+        if where == "tasks" and kind == "families" and task.get("held_out", False):
+            raise RecipeError(
+                f"{source}: {place} asks for held-out families, which no rule is meta-trained on; "
+                "put them under [[validation.tasks]]"
+            )
 
 
 def _check_named(

@@ -36,6 +36,14 @@ class _PairedRun(WrappedRun):
         losses, grads = zip(*pairs, strict=True)
         return torch.cat(losses), torch.cat(grads)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        # A drawn task's run may have taken another size, and another generator.
+        self.tensors, self.generator = {"params": _twice(self.inner.params)}, self.inner.generator
+
 
 def _twice(tensor: Tensor, axis: int = 0) -> Tensor:
     return torch.cat((tensor, tensor), axis)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 
 from ._checks import check_number
-from ._recipe_schema import ESTIMATORS, OPTIMIZERS, TASKS, RecipeError, check_recipe, naming
+from ._recipe_schema import ESTIMATORS, OPTIMIZERS, RecipeError, check_recipe, naming
+from ._recipe_tasks import TASK_LISTS, TASKS, listed_families, transformed
 from .imitation import Imitation
 from .schedules import LRSchedule, as_horizon
-from .tasks import RandomScaling, Task, WithConvex, ensemble
+from .tasks import Task
 from .trainer import MetaTrainer
 from .validation import Validation
 
@@ -40,10 +42,16 @@ class Recipe:
         name: of the recipe, and of the rule that it makes.
         outer_steps: N of ``trainer.fit(outer_steps=N)``.
         rule: ``family`` and the rule's constructor arguments.
-        tasks: each with ``kind`` ("quadratic" or "mlp"), optional ``weight``, the task's arguments,
-            and the transforms ``scaling`` (bound of RandomScaling), ``convex`` (num of WithConvex),
-            ``convex_scaling``. The kind "ensemble" stands for all tasks of ``tasks.ensemble``, or
-            those of its ``families``, which share the ``weight`` equally.
+        tasks: each with ``kind`` ("quadratic", "mlp", "drawn_mlp", "conv", "autoencoder",
+            "char_rnn" or "char_transformer"), optional ``weight``, the task's arguments, and the
+            transforms, from the inside out: ``batch_sizes`` ([low, high] of DrawnBatchSize),
+            ``weight_normalization = true``, ``tensor_scaling`` (bound of TensorScaling),
+            ``scaling`` (bound of RandomScaling), ``convex`` (num of WithConvex) and
+            ``convex_scaling``, ``noise`` (sd of GradientNoise), ``sparse`` (fraction of
+            SparseGradients). The kinds "ensemble" and "families" stand for all tasks of
+            ``tasks.ensemble`` and ``tasks.families``, or those of the ``families`` listed, which
+            share the ``weight`` equally; with ``held_out = true`` for the held-out ones, of
+            ``tasks.held_out_families`` only to validate.
         estimator, trainer, optimizer, schedule, validation, imitation: arguments of those classes.
             A schedule's ``total`` is ``outer_steps`` unless given. ``validation`` and ``imitation``
             are None where left out.
@@ -213,23 +221,16 @@ def _build_tasks(
     weights: list[float] = []
     for index, table in enumerate(tables):
         weight = float(table.get("weight", 1.0))
-        if table["kind"] != "ensemble":
-            tasks.append(_build_task(source, f"{where}[{index}]", table, data))
+        place = f"{where}[{index}]"
+        if table["kind"] not in TASK_LISTS:
+            tasks.append(_build_task(source, place, table, data))
             weights.append(weight)
             continue
-        options = {name: table[name] for name in ("networks", "held_out") if name in table}
-        families = ensemble(**options)
-        chosen = table.get("families", list(families))
-        unknown = [name for name in chosen if name not in families]
-        if unknown or not chosen:
-            raise RecipeError(
-                f"{source}: {where}[{index}].families must be a list of some of "
-                f"{', '.join(families)}; got {chosen!r}"
-            )
-        for name in chosen:
-            tasks += families[name]
-            share = weight / len(chosen) / len(families[name])
-            weights += [share] * len(families[name])
+        with _naming_data(source, place):
+            families = listed_families(_with_data(table, data))
+        for family in families.values():
+            tasks += family
+            weights += [weight / len(families) / len(family)] * len(family)
     return tasks, weights
 
 
@@ -237,19 +238,22 @@ def _build_task(
     source: str, where: str, table: Mapping[str, Any], data: str | os.PathLike[str] | None
 ) -> Task:
     make, known = TASKS[table["kind"]]
-    arguments = {key: table[key] for key in known if key in table}
-    if arguments.get("data") == "mnist" and data is not None:
-        arguments["data"] = data
+    table = _with_data(table, data)
+    with _naming_data(source, where):
+        return transformed(make(**{key: table[key] for key in known if key in table}), table)
+
+
+def _with_data(table: Mapping[str, Any], data: str | os.PathLike[str] | None) -> Mapping[str, Any]:
+    """The table, with the images that the caller gives in place of those to be found."""
+    wanted = table.get("data") == "mnist" and data is not None
+    return {**table, "data": data} if wanted else table
+
+
+@contextmanager
+def _naming_data(source: str, where: str) -> Iterator[None]:
+    """``naming``, also of files that are not there."""
     try:
         with naming(source, where):
-            task: Task = make(**arguments)
-            if "convex_scaling" in table and "convex" not in table:
-                raise ValueError("convex_scaling needs convex, the number of extra coordinates")
-            # RNNprop's authors scale the network by 3 and the convex part by 1, hence two keys.
-            if "scaling" in table:
-                task = RandomScaling(task, table["scaling"])
-            if "convex" in table:
-                task = WithConvex(task, table["convex"], table.get("convex_scaling", 0.0))
+            yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{source}, {where}: {error}") from None
-    return task

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ._checks import check_choice, check_number
+from ._draws import check_range, draw_log_uniform
 
 __all__ = ["Curriculum", "Exponential", "Horizon", "LRSchedule", "draw_horizon"]
 
@@ -109,12 +110,7 @@ def as_horizon(horizon: Any, name: str = "horizon") -> Horizon:
 
 def _check_range(horizon: Any, name: str = "horizon") -> None:
     if isinstance(horizon, tuple):
-        if len(horizon) != 2:
-            raise ValueError(f"{name} must be an int or a (low, high) pair, got {horizon!r}")
-        for bound in horizon:
-            check_number(name, bound, minimum=1, integer=True)
-        if horizon[0] > horizon[1]:
-            raise ValueError(f"{name} (low, high) must have low <= high, got {horizon!r}")
+        check_range(name, horizon)
     elif not isinstance(horizon, Exponential):
         check_number(name, horizon, minimum=1, integer=True)
 
@@ -124,12 +120,11 @@ def draw_horizon(horizon: Horizon, outer_step: int, generator: torch.Generator) 
     range_ = horizon.horizon(outer_step) if isinstance(horizon, Curriculum) else horizon
     if isinstance(range_, int):
         return range_
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
     if isinstance(range_, Exponential):
+        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
         drawn = range_.minimum + round(-range_.mean * math.log1p(-uniform))
         return min(range_.maximum, drawn)
-    low, high = range_
-    return min(high, int(low * ((high + 1) / low) ** uniform))
+    return draw_log_uniform(*range_, generator)
 
 
 def longest(horizon: Horizon) -> int:

@@ -7,13 +7,16 @@ so that a rule takes all of them in one kernel call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-__all__ = ["Batch", "BatchedRun", "Task", "TaskRun", "VmapRun"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Batch", "BatchedRun", "FunctionRun", "Task", "TaskRun", "VmapRun"]
 
 Batch = tuple[Tensor, ...]
 """What one loss evaluation draws at random: tensors ``(R, ...)``, runs in front; may be empty."""
@@ -89,15 +92,19 @@ class TaskRun(ABC):
         """Tensors and generator state, enough to continue with the same bits."""
         return {"tensors": dict(self.tensors), "generator": self.generator.get_state()}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape per run of each of ``tensors`` that ``load_state_dict`` accepts."""
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.tensors.items()}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a ``state_dict`` of a run of the same task.
+        """Take over a ``state_dict`` of a run of the same task; a refused one changes nothing.
 
         Raises:
             ValueError: if the saved tensors are not those of this task (other names or shapes per
                 run).
         """
-        saved: dict[str, Tensor] = state["tensors"]
-        ours = {name: tuple(t.shape[1:]) for name, t in self.tensors.items()}
+        saved: dict[str, Tensor] = state.get("tensors", {})
+        ours = self.shapes()
         theirs = {name: tuple(t.shape[1:]) for name, t in saved.items()}
         if ours != theirs:
             raise ValueError(
@@ -108,7 +115,7 @@ class TaskRun(ABC):
         self.generator.set_state(state["generator"])
 
 
-class _FunctionRun(TaskRun):
+class FunctionRun(TaskRun):
     """A run whose losses are a function of the parameters, ``context()`` and ``gather(batch)``."""
 
     def context(self) -> Batch:
@@ -120,7 +127,7 @@ class _FunctionRun(TaskRun):
         return batch
 
 
-class VmapRun(_FunctionRun):
+class VmapRun(FunctionRun):
     """A run that defines the loss of one run; ``torch.func.vmap`` batches it over the runs."""
 
     @abstractmethod
@@ -138,7 +145,7 @@ class VmapRun(_FunctionRun):
         return losses, grads
 
 
-class BatchedRun(_FunctionRun):
+class BatchedRun(FunctionRun):
     """A run that defines the losses of all runs at once, differentiated by one backward.
 
     For problems of a few coordinates that costs a fraction of ``vmap``.
@@ -154,7 +161,7 @@ class BatchedRun(_FunctionRun):
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = params.detach().requires_grad_()
-            losses = self.losses(leaf, batch)
+            losses = self.batched(leaf, *self.context(), *self.gather(batch))
             (grads,) = torch.autograd.grad(losses.sum(), leaf)
         return losses.detach(), grads
 
@@ -171,6 +178,10 @@ class Task(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able: identifies the task in checkpoints and cards."""
+
+    def with_options(self, **options: Any) -> Self:
+        """The same task with some constructor arguments changed."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.config()}, **options})
 
     def held_out(self) -> Task:
         """The task that validates a rule trained on this one; the same distribution by default."""

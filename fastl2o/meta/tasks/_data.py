@@ -1,4 +1,4 @@
-"""Image data for classification tasks: scikit-learn's digits, or MNIST from an .npz file."""
+"""Data of classification tasks: scikit-learn's digits, MNIST from an .npz file, signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATA_VARIABLE", "Images", "find_mnist", "load_images"]
+from .._checks import check_choice, check_number
+from ._signals import CLASSES, LENGTH, draw_signals
+
+__all__ = [
+    "DATA_VARIABLE",
+    "Images",
+    "check_split",
+    "data_name",
+    "find_mnist",
+    "load_images",
+    "train_part",
+]
 
 DATA_VARIABLE = "FASTL2O_DATA"
 _HOW = (
@@ -25,10 +36,16 @@ _KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
 )
 _DIGITS_TEST = 360  # of 1,797; scikit-learn's digits come without a split
+_SIGNALS_TRAIN, _SIGNALS_TEST = 4000, 1000
+_SPLITS = ("train", "meta_train", "meta_valid", "test")
 
 
 class Images(NamedTuple):
-    """Images as stored, ``(N, pixels)`` uint8, with the factor that brings pixels to [0, 1]."""
+    """Images or signals as stored, ``(N, pixels)`` uint8 or float32, and what they are.
+
+    ``scale`` is the factor that brings pixels to [0, 1] (1 for signals, of about unit size), and
+    ``shape`` that of one image, (height, width), or signal, (length,).
+    """
 
     train_images: Tensor
     train_labels: Tensor  # (N,) int64
@@ -36,6 +53,32 @@ class Images(NamedTuple):
     test_labels: Tensor
     scale: float
     num_classes: int
+    shape: tuple[int, ...]
+
+
+def data_name(data: str) -> str:
+    """What the data is, whatever it was found by: "digits", "signals" or "mnist"."""
+    return data if data in ("digits", "signals") else "mnist"
+
+
+def check_split(split: str, fraction: float) -> None:
+    """Refuse a split or fraction that no data has."""
+    check_choice("split", split, _SPLITS)
+    check_number("fraction", fraction, minimum=0, exclusive=True)
+    if fraction >= 1:
+        raise ValueError(f"fraction must lie between 0 and 1 (both excluded), got {fraction!r}")
+
+
+def train_part(count: int, split: str, fraction: float, what: str) -> slice:
+    """Which of ``count`` training ``what`` ("images", say) are the split's, other than "test"'s."""
+    cut = round(count * fraction)
+    first, last = {"train": (0, count), "meta_train": (0, cut), "meta_valid": (cut, count)}[split]
+    if first == last:
+        raise ValueError(
+            f"split {split!r} of {count} training {what} with fraction {fraction} is empty; "
+            f"choose another split or fraction, or more {what}"
+        )
+    return slice(first, last)
 
 
 def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
@@ -61,7 +104,7 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def load_images(data: str | os.PathLike[str]) -> Images:
-    """Load ``"digits"``, ``"mnist"`` (by ``$FASTL2O_DATA``) or the MNIST .npz at a path.
+    """Load ``"digits"``, ``"signals"``, or MNIST: ``"mnist"`` (by ``$FASTL2O_DATA``) or a path.
 
     What was loaded stays in memory and is shared by all tasks on it.
 
@@ -72,6 +115,8 @@ def load_images(data: str | os.PathLike[str]) -> Images:
     """
     if data == "digits":
         return _load_digits()
+    if data == "signals":
+        return _load_signals()
     path = find_mnist(None if data == "mnist" else data)
     return _load_mnist(str(path), path.stat().st_mtime_ns)
 
@@ -91,7 +136,14 @@ def _load_digits() -> Images:
     images = torch.from_numpy(bunch.data).to(torch.uint8)[order]
     labels = torch.from_numpy(bunch.target).long()[order]
     cut = len(order) - _DIGITS_TEST
-    return Images(images[:cut], labels[:cut], images[cut:], labels[cut:], 1 / 16, 10)
+    return Images(images[:cut], labels[:cut], images[cut:], labels[cut:], 1 / 16, 10, (8, 8))
+
+
+@lru_cache(maxsize=1)
+def _load_signals() -> Images:
+    signals, labels = draw_signals(_SIGNALS_TRAIN + _SIGNALS_TEST)
+    cut = _SIGNALS_TRAIN
+    return Images(signals[:cut], labels[:cut], signals[cut:], labels[cut:], 1.0, CLASSES, (LENGTH,))
 
 
 @lru_cache(maxsize=2)
@@ -117,7 +169,7 @@ def _load_mnist(path: str, _modified: int) -> Images:
         test = _images_and_labels(keys[2:], arrays)
     except ValueError as error:
         raise ValueError(f"{path!r} is not MNIST: {error}; {_HOW}") from None
-    return Images(*train, *test, 1 / 255, 10)
+    return Images(*train, *test, 1 / 255, 10, (28, 28))
 
 
 def _images_and_labels(

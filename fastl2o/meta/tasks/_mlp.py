@@ -13,10 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_num_runs, check_number
-from ._base import Batch, Task, TaskRun, VmapRun, fork_generator
-from ._data import Images, load_images
+from ._base import Batch, TaskRun, VmapRun, fork_generator
+from ._data import data_name
+from ._images import ImageRun, ImageTask
 
-__all__ = ["MLPClassification", "split_layers"]
+__all__ = [
+    "ACTIVATIONS",
+    "MODULES",
+    "ImageMLP",
+    "MLPClassification",
+    "check_hidden",
+    "check_init_scale",
+    "cross_entropies",
+    "network",
+    "split_layers",
+]
 
 # Derivatives of the activations as functions of their output, which is what a forward pass keeps.
 _DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,66 +36,30 @@ _DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda out: out.clamp(max=0) + 1,
     "tanh": lambda out: 1 - out * out,
 }
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "relu": F.relu,
     "elu": F.elu,
     "tanh": torch.tanh,
 }
-_MODULES = {
+MODULES = {
     "sigmoid": torch.nn.Sigmoid,
     "relu": torch.nn.ReLU,
     "elu": torch.nn.ELU,
     "tanh": torch.nn.Tanh,
 }
-_SPLITS = ("train", "meta_train", "meta_valid", "test")
 
 
-class _MLPRun(VmapRun):
-    def __init__(
-        self, task: MLPClassification, tensors: dict[str, Tensor], generator: torch.Generator
-    ) -> None:
-        super().__init__(tensors, generator)
-        self.task = task
-        self.images, self.labels = task.examples()
-        self._pixels: Tensor | None = None
+class _MLPRun(ImageRun, VmapRun):
+    task: MLPClassification
 
     @property
     def tensor_sizes(self) -> tuple[int, ...]:
         return tuple(self.task.sizes)
 
-    def next_batch(self) -> Batch:
-        shape = (self.num_runs, self.task.batch_size)
-        return (torch.randint(len(self.labels), shape, generator=self.generator),)
-
-    def full_batch(self) -> Batch:
-        return (torch.arange(len(self.labels)).expand(self.num_runs, -1),)
-
-    def gather(self, batch: Batch) -> Batch:
-        (indices,) = batch
-        shape = (*indices.shape, self.images.shape[1])
-        flat = indices.reshape(-1)
-        # The converted pixels live in one reused buffer: a fresh 3 MB allocation a step costs more
-        # than the copy.
-        if self._pixels is None or self._pixels.shape != shape:
-            self._pixels = torch.empty(shape, dtype=self.params.dtype)
-        pixels = self._pixels
-        pixels.view(len(flat), -1).copy_(self.images.index_select(0, flat))
-        return (
-            pixels.mul_(self.task.images.scale),
-            self.labels.index_select(0, flat).view(indices.shape),
-        )
-
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        # A graph may keep these pixels until its backward pass, so they get a buffer of their own.
-        self._pixels = None
-        losses = super().losses(params, batch)
-        self._pixels = None
-        return losses
-
     def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
         pixels, labels = inputs
-        activation = _ACTIVATIONS[self.task.activation]
+        activation = ACTIVATIONS[self.task.activation]
         # One split, not four slices: its backward is one concatenation instead of four zero-padded
         # (D,) sums.
         pieces = iter(params.split(self.task.sizes))
@@ -102,7 +77,7 @@ class _MLPRun(VmapRun):
         layers, outputs, logits = split_layers(params, self.task.widths), [pixels], pixels
         for layer, (weight, bias) in enumerate(layers):
             if layer:
-                outputs.append(_ACTIVATIONS[self.task.activation](logits))
+                outputs.append(ACTIVATIONS[self.task.activation](logits))
             logits = torch.baddbmm(bias.unsqueeze(1), outputs[-1], weight.transpose(1, 2))
         log_odds = torch.log_softmax(logits, dim=2)
         picked = labels.unsqueeze(2)
@@ -126,7 +101,117 @@ def split_layers(params: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Te
     return [(next(pieces).unflatten(1, (n_out, n_in)), next(pieces)) for n_in, n_out in shapes]
 
 
-class MLPClassification(Task):
+def network(
+    params: Tensor,
+    points: Tensor,
+    widths: Sequence[int],
+    activation: Callable[[Tensor], Tensor] = torch.sigmoid,
+) -> Tensor:
+    """Outputs (R, B, out) of R networks with flat ``params (R, D)`` at ``points (R, B, in)``."""
+    for layer, (weight, bias) in enumerate(split_layers(params, widths)):
+        inputs = activation(points) if layer else points
+        points = torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
+    return points
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy ``(R,)`` of ``logits (R, B, classes)`` at ``labels (R, B)``."""
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return each.view(labels.shape).mean(dim=1)
+
+
+def check_hidden(hidden: Sequence[int]) -> None:
+    """Refuse what is no sequence of layer widths."""
+    if isinstance(hidden, (str, int)):
+        raise TypeError(f"hidden must be a sequence of layer widths such as (20,), got {hidden!r}")
+    for width in hidden:
+        check_number("hidden", width, minimum=1, integer=True)
+
+
+def check_init_scale(init_scale: float | str) -> None:
+    """Refuse what is neither a standard deviation nor ``"torch"``."""
+    if not isinstance(init_scale, str):
+        check_number("init_scale", init_scale, minimum=0)
+    elif init_scale != "torch":
+        raise ValueError(
+            "init_scale must be a finite number of at least 0, or 'torch' (nn.Linear's "
+            f"initialisation); got {init_scale!r}"
+        )
+
+
+class ImageMLP(ImageTask):
+    """A multi-layer perceptron on minibatches of images; subclasses say what it is to put out.
+
+    Args:
+        hidden, activation, init_scale: see ``MLPClassification``.
+        data, batch_size, split, fraction: see ``ImageTask``.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str],
+        hidden: Sequence[int],
+        activation: str,
+        batch_size: int,
+        init_scale: float | str,
+        split: str,
+        fraction: float,
+    ) -> None:
+        check_hidden(hidden)
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_init_scale(init_scale)
+        super().__init__(data, batch_size, split, fraction)
+        self.hidden, self.activation, self.init_scale = tuple(hidden), activation, init_scale
+        self.widths = (self.images.train_images.shape[1], *self.hidden, self.outputs)
+        self.sizes = [
+            size for n_in, n_out in pairwise(self.widths) for size in (n_in * n_out, n_out)
+        ]
+
+    @property
+    def outputs(self) -> int:
+        """Width of the last layer."""
+        return self.images.num_classes
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates of one run."""
+        return sum(self.sizes)
+
+    def config(self) -> dict[str, Any]:
+        # The path of the images is where, not what: a checkpoint or card is the same wherever MNIST
+        # lies.
+        return {
+            "data": data_name(self.data),
+            "hidden": list(self.hidden),
+            "activation": self.activation,
+            "batch_size": self.batch_size,
+            "init_scale": self.init_scale,
+            "split": self.split,
+            "fraction": self.fraction,
+        }
+
+    def module(self) -> torch.nn.Sequential:
+        """The network that one run trains, for comparison with ordinary optimizers."""
+        layers: list[torch.nn.Module] = []
+        for n_in, n_out in pairwise(self.widths):
+            layers += [torch.nn.Linear(n_in, n_out), MODULES[self.activation]()]
+        return torch.nn.Sequential(*layers[:-1])
+
+    def draw_params(self, num_runs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Initial parameters ``(R, D)``."""
+        check_num_runs(num_runs)
+        if not isinstance(self.init_scale, str):
+            normal = torch.randn(num_runs, self.dim, generator=generator, dtype=dtype)
+            return normal * self.init_scale
+        # nn.Linear: weights and biases alike are U(-1, 1) / sqrt(n_in).
+        pieces = []
+        for n_in, n_out in pairwise(self.widths):
+            uniform = torch.rand(num_runs, (n_in + 1) * n_out, generator=generator, dtype=dtype)
+            pieces.append((2 * uniform - 1) / math.sqrt(n_in))
+        return torch.cat(pieces, dim=1)
+
+
+class MLPClassification(ImageMLP):
     """Cross-entropy of a multi-layer perceptron on minibatches of images.
 
     A minibatch is drawn uniformly with replacement, anew at every evaluation. Coordinates are laid
@@ -135,8 +220,9 @@ class MLPClassification(Task):
 
     Args:
         data: ``"digits"`` (scikit-learn's 1,797 8x8 images), ``"mnist"`` (found by
-            ``$FASTL2O_DATA``), or the path of an MNIST .npz or of a directory that holds mnist.npz.
-            Pixels are scaled to [0, 1].
+            ``$FASTL2O_DATA``), the path of an MNIST .npz or of a directory that holds mnist.npz, or
+            ``"signals"`` (generated, 5,000 of 40 samples in ten classes). Pixels are scaled to
+            [0, 1].
         hidden: width of each hidden layer.
         activation: ``"sigmoid"``, ``"relu"``, ``"elu"`` or ``"tanh"``.
         batch_size: images a minibatch.
@@ -169,104 +255,10 @@ class MLPClassification(Task):
         split: str = "meta_train",
         fraction: float = 0.5,
     ) -> None:
-        if isinstance(hidden, (str, int)):
-            raise TypeError(
-                f"hidden must be a sequence of layer widths such as (20,), got {hidden!r}"
-            )
-        for width in hidden:
-            check_number("hidden", width, minimum=1, integer=True)
-        check_choice("activation", activation, tuple(_ACTIVATIONS))
-        check_number("batch_size", batch_size, minimum=1, integer=True)
-        if isinstance(init_scale, str):
-            if init_scale != "torch":
-                raise ValueError(
-                    "init_scale must be a finite number of at least 0, or 'torch' (nn.Linear's "
-                    f"initialisation); got {init_scale!r}"
-                )
-        else:
-            check_number("init_scale", init_scale, minimum=0)
-        check_choice("split", split, _SPLITS)
-        check_number("fraction", fraction, minimum=0, exclusive=True)
-        if fraction >= 1:
-            raise ValueError(f"fraction must lie between 0 and 1 (both excluded), got {fraction!r}")
-        self.data, self.hidden, self.activation = os.fspath(data), tuple(hidden), activation
-        self.batch_size, self.init_scale, self.split, self.fraction = (
-            batch_size,
-            init_scale,
-            split,
-            fraction,
-        )
-        self.images: Images = load_images(data)
-        self.widths = (self.images.train_images.shape[1], *self.hidden, self.images.num_classes)
-        self.sizes = [
-            size for n_in, n_out in pairwise(self.widths) for size in (n_in * n_out, n_out)
-        ]
-
-    @property
-    def dim(self) -> int:
-        """Number of coordinates of one run."""
-        return sum(self.sizes)
-
-    def config(self) -> dict[str, Any]:
-        # The path of the images is where, not what: a checkpoint or card is the same wherever MNIST
-        # lies.
-        return {
-            "data": "digits" if self.data == "digits" else "mnist",
-            "hidden": list(self.hidden),
-            "activation": self.activation,
-            "batch_size": self.batch_size,
-            "init_scale": self.init_scale,
-            "split": self.split,
-            "fraction": self.fraction,
-        }
-
-    def with_options(self, **options: Any) -> MLPClassification:
-        """The same task with some constructor arguments changed."""
-        return MLPClassification(**{**self.config(), "data": self.data, **options})
-
-    def held_out(self) -> Task:
-        """The same task on images that meta-training does not see, if it is on ``"meta_train"``."""
-        return self.with_options(split="meta_valid") if self.split == "meta_train" else self
-
-    def module(self) -> torch.nn.Sequential:
-        """The network that one run trains, for comparison with ordinary optimizers."""
-        layers: list[torch.nn.Module] = []
-        for n_in, n_out in pairwise(self.widths):
-            layers += [torch.nn.Linear(n_in, n_out), _MODULES[self.activation]()]
-        return torch.nn.Sequential(*layers[:-1])
-
-    def examples(self) -> tuple[Tensor, Tensor]:
-        """Images ``(N, pixels)`` uint8 and labels ``(N,)`` of the split."""
-        if self.split == "test":
-            return self.images.test_images, self.images.test_labels
-        images, labels = self.images.train_images, self.images.train_labels
-        cut = round(len(labels) * self.fraction)
-        part = {"train": slice(None), "meta_train": slice(cut), "meta_valid": slice(cut, None)}[
-            self.split
-        ]
-        if len(labels[part]) == 0:
-            raise ValueError(
-                f"split {self.split!r} of {len(labels)} training images with fraction "
-                f"{self.fraction} is empty; choose another split or fraction, or more images"
-            )
-        return images[part], labels[part]
+        super().__init__(data, hidden, activation, batch_size, init_scale, split, fraction)
 
     def sample(
         self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> TaskRun:
-        check_num_runs(num_runs)
-        if isinstance(self.init_scale, str):
-            params = self._torch_init(num_runs, generator, dtype)
-        else:
-            params = (
-                torch.randn(num_runs, self.dim, generator=generator, dtype=dtype) * self.init_scale
-            )
+        params = self.draw_params(num_runs, generator, dtype)
         return _MLPRun(self, {"params": params}, fork_generator(generator))
-
-    def _torch_init(self, num_runs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        # nn.Linear: weights and biases alike are U(-1, 1) / sqrt(n_in).
-        pieces = []
-        for n_in, n_out in pairwise(self.widths):
-            uniform = torch.rand(num_runs, (n_in + 1) * n_out, generator=generator, dtype=dtype)
-            pieces.append((2 * uniform - 1) / math.sqrt(n_in))
-        return torch.cat(pieces, dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import check_number
 from ._base import Batch, Task, TaskRun, fork_generator
-from ._transforms import WrappedRun, check_task
+from ._transforms import WrappedRun, check_task, load_parts
 
 __all__ = ["GradientNoise", "LogObjective", "Rescaled", "SparseGradients", "SumOf"]
 
@@ -28,6 +28,9 @@ class _ChangedRun(WrappedRun):
     def __init__(self, inner: TaskRun, generator: torch.Generator, amount: float = 0.0) -> None:
         super().__init__(inner, {"params": inner.params}, generator)
         self.amount = amount
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"params": (self.inner.dim,)}
 
 
 class _ChangedGradientRun(_ChangedRun):
@@ -230,10 +233,11 @@ class _SumRun(TaskRun):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "parts": [part.state_dict() for part in self.parts]}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"params": (sum(part.dim for part in self.parts),)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+        load_parts(self, self.parts, state.get("parts", []), state)
 
 
 def _batch_length(run: TaskRun) -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .._checks import check_num_runs, check_number
 from ._base import Batch, BatchedRun, Task, TaskRun, fork_generator
-from ._mlp import split_layers
+from ._mlp import check_hidden, cross_entropies, network
 
 __all__ = ["RandomMLP", "SoftmaxRegression"]
 
@@ -53,19 +53,8 @@ class _MinibatchRun(BatchedRun):
 
     def batched(self, params: Tensor, *inputs: Tensor) -> Tensor:
         points, labels = inputs
-        logits = network(params, points, self.sizes)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none"
-        ).view(labels.shape)
-        return losses.mean(dim=1) + self.weight_decay * params.square().mean(dim=1)
-
-
-def network(params: Tensor, points: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Logits (R, B, classes) of R sigmoid networks with flat ``params (R, D)`` at (R, B, in)."""
-    for layer, (weight, bias) in enumerate(split_layers(params, sizes)):
-        inputs = torch.sigmoid(points) if layer else points
-        points = torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
-    return points
+        losses = cross_entropies(network(params, points, self.sizes), labels)
+        return losses + self.weight_decay * params.square().mean(dim=1)
 
 
 def draw_network(
@@ -161,8 +150,7 @@ class RandomMLP(Task):
     ) -> None:
         for name, value in (("features", features), ("batch_size", batch_size), ("points", points)):
             check_number(name, value, minimum=1, integer=True)
-        for width in hidden:
-            check_number("hidden", width, minimum=1, integer=True)
+        check_hidden(hidden)
         check_number("init_scale", init_scale, minimum=0)
         self.features, self.hidden, self.batch_size = features, tuple(hidden), batch_size
         self.points, self.init_scale = points, init_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +41,36 @@ class WrappedRun(TaskRun):
         return {**super().state_dict(), "inner": self.inner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.inner.load_state_dict(state["inner"])
+        load_parts(self, [self.inner], [state.get("inner", {})], state)
+
+
+def load_parts(
+    run: TaskRun, parts: Sequence[TaskRun], saved: Sequence[dict[str, Any]], state: dict[str, Any]
+) -> None:
+    """Load the runs that ``run`` is made of from ``saved``, then itself; all of it, or nothing.
+
+    The parts come first: those of drawn sizes change theirs, and with them what fits the whole.
+    """
+    if len(saved) != len(parts):
+        raise ValueError(
+            f"task run state: expected those of {len(parts)} runs inside it, got {len(saved)}; "
+            "restore it into a run of the task that it was saved from"
+        )
+    before = [part.state_dict() for part in parts]
+    try:
+        for part, of_part in zip(parts, saved, strict=True):
+            part.load_state_dict(of_part)
+        TaskRun.load_state_dict(run, state)
+    except ValueError:
+        for part, of_part in zip(parts, before, strict=True):
+            part.load_state_dict(of_part)
+        raise
 
 
 class _ScaledRun(WrappedRun):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.tensors, (self.inner.dim,))
+
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params * self.tensors["scale"], batch)
 
@@ -85,10 +111,14 @@ class RandomScaling(Task):
         self, num_runs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> TaskRun:
         inner = self.task.sample(num_runs, generator, dtype)
-        uniform = torch.rand(inner.params.shape, generator=generator, dtype=dtype)
-        scale = torch.exp((2 * uniform - 1) * self.bound)
+        scale = self._draw_scale(inner, generator)
         tensors = {"params": inner.params / scale, "scale": scale}
         return _ScaledRun(inner, tensors, fork_generator(generator))
+
+    def _draw_scale(self, inner: TaskRun, generator: torch.Generator) -> Tensor:
+        """The factors ``(R, D)``."""
+        uniform = torch.rand(inner.params.shape, generator=generator, dtype=inner.params.dtype)
+        return torch.exp((2 * uniform - 1) * self.bound)
 
 
 _CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
@@ -98,6 +128,10 @@ class _ConvexRun(WrappedRun):
     @property
     def tensor_sizes(self) -> tuple[int, ...]:
         return (*self.inner.tensor_sizes, self.tensors["centre"].shape[1])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        extra = self.tensors["centre"].shape[1]
+        return {**super().shapes(), "params": (self.inner.dim + extra,)}
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         dim = self.inner.dim

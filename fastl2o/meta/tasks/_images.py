@@ -1,0 +1,95 @@
+"""What tasks on images or signals share: the data's splits, and minibatches of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import check_number
+from ._base import Batch, FunctionRun, Task
+from ._data import Images, check_split, load_images, train_part
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ImageRun", "ImageTask"]
+
+
+class ImageTask(Task):
+    """A task on minibatches of images, drawn uniformly with replacement at every evaluation.
+
+    Args:
+        data: ``"digits"``, ``"signals"``, ``"mnist"``, or a path that leads to an MNIST .npz.
+        batch_size: images a minibatch.
+        split: ``"train"``, ``"meta_train"``, ``"meta_valid"`` or ``"test"``.
+        fraction: share of the training images that is for meta-training.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data is not there or not MNIST.
+    """
+
+    def __init__(
+        self, data: str | os.PathLike[str], batch_size: int, split: str, fraction: float
+    ) -> None:
+        check_number("batch_size", batch_size, minimum=1, integer=True)
+        check_split(split, fraction)
+        self.data, self.batch_size = os.fspath(data), batch_size
+        self.split, self.fraction = split, fraction
+        self.images: Images = load_images(data)
+
+    def held_out(self) -> Self:
+        """The same task on images that meta-training does not see, if it is on ``"meta_train"``."""
+        return self.with_options(split="meta_valid") if self.split == "meta_train" else self
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """Images ``(N, pixels)`` as stored and labels ``(N,)`` of the split."""
+        if self.split == "test":
+            return self.images.test_images, self.images.test_labels
+        images, labels = self.images.train_images, self.images.train_labels
+        part = train_part(len(labels), self.split, self.fraction, "images")
+        return images[part], labels[part]
+
+
+class ImageRun(FunctionRun):
+    """Draws image indices; its function reads pixels ``(R, B, pixels)`` and labels ``(R, B)``."""
+
+    def __init__(
+        self, task: ImageTask, tensors: dict[str, Tensor], generator: torch.Generator
+    ) -> None:
+        super().__init__(tensors, generator)
+        self.task = task
+        self.images, self.labels = task.examples()
+        self._pixels: Tensor | None = None
+
+    def next_batch(self) -> Batch:
+        shape = (self.num_runs, self.task.batch_size)
+        return (torch.randint(len(self.labels), shape, generator=self.generator),)
+
+    def full_batch(self) -> Batch:
+        return (torch.arange(len(self.labels)).expand(self.num_runs, -1),)
+
+    def gather(self, batch: Batch) -> Batch:
+        (indices,) = batch
+        shape = (*indices.shape, self.images.shape[1])
+        flat = indices.reshape(-1)
+        # The converted pixels live in one reused buffer: a fresh 3 MB allocation a step costs more
+        # than the copy.
+        if self._pixels is None or self._pixels.shape != shape:
+            self._pixels = torch.empty(shape, dtype=self.params.dtype)
+        pixels = self._pixels
+        pixels.view(len(flat), -1).copy_(self.images.index_select(0, flat))
+        return (
+            pixels.mul_(self.task.images.scale),
+            self.labels.index_select(0, flat).view(indices.shape),
+        )
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        # A graph may keep these pixels until its backward pass, so they get a buffer of their own.
+        self._pixels = None
+        # VmapRun or BatchedRun, whichever follows in the subclass.
+        losses = super().losses(params, batch)  # type: ignore[safe-super]
+        self._pixels = None
+        return losses
