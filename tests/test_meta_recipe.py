@@ -85,6 +85,7 @@ def mnist(tmp_path: Path) -> Path:
         "lstm-mnist",
         "rnnprop-mnist",
         "hierarchical-small-start",
+        "hierarchical-small-middle",
         "hierarchical-small",
     ],
 )
