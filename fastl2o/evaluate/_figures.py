@@ -68,7 +68,7 @@ def draw_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
         _label(axes, comparison.name, "loss", means)
         # Losses that diverge would press all others flat.
         top = 10 * abs(sum(run[0] for run in comparison.rows[0].curves)) / comparison.runs
-        if top < axes.get_ylim()[1]:
+        if 0 < top < axes.get_ylim()[1]:
             axes.set_ylim(top=top)
     return save(panels[0].figure, path)
 
