@@ -280,9 +280,9 @@ def _make_tasks(names: Sequence[str], options: dict[str, Any]) -> dict[str, Task
     )
     if unused:
         raise ValueError(f"--task {', '.join(names)} has no use for {', '.join(unused)}")
-    stems = [Path(name).stem for name in names]
+    files = [Path(name).name for name in names]
     tasks: dict[str, Task] = {}
-    for name, stem in zip(names, stems, strict=True):
+    for name, file in zip(names, files, strict=True):
         mine = {key: value for key, value in options.items() if key in accepted[name]}
         if name == "quadratic":
             tasks[name] = meta.tasks.Quadratic(**mine)
@@ -290,7 +290,7 @@ def _make_tasks(names: Sequence[str], options: dict[str, Any]) -> dict[str, Task
             network = {"data": name, "split": "meta_valid", **mine}
             tasks[name] = meta.tasks.MLPClassification(**network)
         else:
-            label = stem if name.endswith(".toml") and stems.count(stem) == 1 else name
+            label = file if name.endswith(".toml") and files.count(file) == 1 else name
             listed = _listed_tasks(name, mine.get("data"))
             for index, task in enumerate(listed, 1):
                 tasks[label if len(listed) == 1 else f"{label}/{index}"] = task

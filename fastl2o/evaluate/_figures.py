@@ -75,20 +75,20 @@ def draw_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
 
 def draw_generalisation(comparisons: Sequence[Comparison], path: Path) -> Path:
     """Test minus training loss, and the distance of twin runs, against steps; a row for each."""
-    measured = [(c.name, c.generalisation) for c in comparisons if c.generalisation is not None]
+    measured = [comparison for comparison in comparisons if comparison.generalisation is not None]
     panels = iter(_panels(2 * len(measured), columns=2))
-    for name, generalisation in measured:
+    for comparison in measured:
+        assert comparison.generalisation is not None
         gap_axes, distance_axes = next(panels), next(panels)
-        distances: list[float] = []
-        for row in generalisation.rows:
+        rules = {row.name for row in comparison.rows if row.learning_rate is None}
+        for row in comparison.generalisation.rows:
             gap = torch.tensor(row.test_loss) - torch.tensor(row.train_loss)
             distance = torch.tensor(row.normalised_distance)
-            distances += distance.mean(0).tolist()
-            draw_band(gap_axes, generalisation.points, gap.T, row.name, bold=False)
-            draw_band(distance_axes, generalisation.points, distance.T, row.name, bold=False)
-        # A gap may have either sign.
-        _label(gap_axes, name, "test - training loss", [])
-        _label(distance_axes, name, "distance, one example changed", distances[1:])
+            for axes, values in ((gap_axes, gap), (distance_axes, distance)):
+                draw_band(axes, comparison.points, values.T, row.name, bold=row.name in rules)
+        # A gap may have either sign, and a distance begins at 0: linear axes.
+        _label(gap_axes, comparison.name, "test - training loss", [])
+        _label(distance_axes, comparison.name, "distance, one example changed", [])
     return save(gap_axes.figure, path)
 
 
