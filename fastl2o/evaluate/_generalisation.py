@@ -184,6 +184,14 @@ def generalise(
 
     Raises:
         ValueError: for a task without training and test data.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> task = meta.tasks.MLPClassification("digits", hidden=(4,), split="meta_valid")
+        >>> makes = {"Adam": evaluate.Entrant.fixed("Adam", 0.01).at(0.01)}
+        >>> report = generalise(task, makes, Setting(horizon=5, runs=2))
+        >>> report.points, len(report.rows[0].distance)
+        ([0, 1, 2, 3, 4, 5], 2)
     """
     records: dict[str, _Record] = {}
     for name, make in makes.items():

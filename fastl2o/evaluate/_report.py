@@ -94,6 +94,9 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
 
     Returns:
         What was written.
+
+    Raises:
+        RuntimeError: without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md", folder / "report.json", folder / "curves.png"]

@@ -194,6 +194,12 @@ def train(
         make: builds the optimizer for the ``(R, D)`` parameter tensor of a run.
         seed: fixes initial parameters and minibatches, so that optimizers can be compared.
         bar: progress bar that counts inner steps.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> adam = evaluate.Entrant.fixed("Adam", 0.1).at(0.1)
+        >>> train(meta.tasks.Quadratic(dim=3), adam, horizon=5, runs=2, seed=0).losses.shape
+        torch.Size([6, 2])
     """
     run = task.sample(runs, torch.Generator().manual_seed(seed))
     losses = torch.full((horizon + 1, runs), math.nan)
