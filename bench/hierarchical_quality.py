@@ -23,13 +23,15 @@ from tqdm import tqdm
 
 import fastl2o
 from fastl2o import HierarchicalRule, meta
-from fastl2o._evaluate import HAND_DESIGNED, LEARNING_RATES, pick_learning_rate
-from fastl2o._inner_training import (
+from fastl2o.evaluate import (
+    HAND_DESIGNED,
+    LEARNING_RATES,
     MakeOptimizer,
     Task,
     hand_designed_stepper,
     learned_stepper,
-    train_losses,
+    pick_learning_rate,
+    train,
 )
 
 from .common import REPORTS, machine, set_threads
@@ -68,9 +70,9 @@ class Ensemble:
     def losses(self, family: str, make: MakeOptimizer, seed: int, times: int = 1) -> list[Tensor]:
         """Of each task of a family, ``(horizon + 1, runs)``."""
         return [
-            train_losses(
+            train(
                 task, make, horizon=self.horizon * times, runs=self.runs, seed=seed + index
-            )
+            ).losses
             for index, task in enumerate(self.families[family])
         ]
 

@@ -1,7 +1,7 @@
 """``fastl2o demo``: a digits classifier trained with shipped rules and with tuned optimizers.
 
 An ordinary PyTorch training loop with the drop-in optimizer, as a user would write it; see
-``_evaluate`` for comparisons on the tasks of the literature.
+``fastl2o.evaluate`` for comparisons on the tasks of the literature.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ._evaluate import (
+from .evaluate import (
     HAND_DESIGNED,
     LEARNING_RATES,
+    draw_band,
     mean_std,
+    new_figure,
     pick_learning_rate,
     render_table,
+    save,
 )
 from .meta.tasks._data import Images, load_images
 from .optim import LearnedOptimizer
@@ -183,27 +186,12 @@ def plot(results: list[Curves], setting: DemoSetting, path: Path) -> Path:
     Args:
         path: where to write; the ending gives the format (.png, .svg, .pdf).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            "the picture needs matplotlib: pip install 'fastl2o[demo]', or use --no-picture"
-        ) from error
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.5, 4.5, "use --no-picture")
     axes = figure.add_subplot()
     for curves in results:
         learned = curves.learning_rate is None
         label = curves.name if learned else f"{curves.name}, lr {curves.learning_rate:.2g}"
-        mean = curves.train_loss.mean(1)
-        std = curves.train_loss.std(1) if setting.seeds > 1 else torch.zeros_like(mean)
-        (line,) = axes.plot(setting.points, mean.tolist(), label=label, lw=2.5 if learned else 1.2)
-        # The band stays above zero for the logarithmic axis.
-        low = torch.maximum(mean - std, mean / 10)
-        axes.fill_between(
-            setting.points, low.tolist(), (mean + std).tolist(), color=line.get_color(), alpha=0.15
-        )
+        draw_band(axes, setting.points, curves.train_loss, label, bold=learned)
     axes.set(yscale="log", xlabel="step", ylabel="training loss")
     axes.set_title(
         f"Digits, 64-{setting.hidden}-10 {setting.activation}, batch {setting.batch_size}, "
@@ -211,6 +199,4 @@ def plot(results: list[Curves], setting: DemoSetting, path: Path) -> Path:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from . import meta
-    from .rules import Rule
+from ._cli_checks import MAX_SEED, check_file, load_rules, make_folder
+from ._cli_eval import evaluate
 
 __all__ = ["app", "main"]
 
@@ -26,8 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DEMO_RULES = ("lstm-mnist", "rnnprop-mnist")
-TASKS = ("quadratic", "digits", "mnist")
-_MAX_SEED = 2**63 - 1
 
 
 def _version(asked: bool) -> None:
@@ -48,47 +44,6 @@ def _options(
     pass
 
 
-def _load_rules(names: list[str]) -> dict[str, Rule]:
-    """Rules by the label shown in tables: shipped name, or file name if only one has it."""
-    from . import load
-
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} given more than once; give each rule once")
-    stems = [Path(name).stem for name in names]
-    return {
-        stem if stems.count(stem) == 1 else name: load(name)
-        for stem, name in zip(stems, names, strict=True)
-    }
-
-
-def _check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before the work that fills it."""
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder; give the name of a file in it")
-    _make_folder(path.parent, option)
-    new = not path.exists()
-    try:
-        with open(path, "ab"):  # permissions alone do not tell
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{option} {path} cannot be written ({error.strerror}); choose another place"
-        ) from error
-    if new:
-        path.unlink()
-
-
-def _make_folder(folder: Path, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{option}: there is no folder {folder} and none can be made ({error.strerror}); "
-            "choose another place"
-        ) from error
-
-
 @app.command()
 def demo(
     rule: Annotated[
@@ -102,7 +57,7 @@ def demo(
 ) -> None:
     """Train a digits classifier with learned and with tuned hand-designed optimizers."""
     from . import _demo, zoo
-    from ._evaluate import threads
+    from .evaluate import threads
 
     names = list(rule or [name for name in DEMO_RULES if name in zoo.names()])
     if not names:
@@ -111,9 +66,9 @@ def demo(
             "by --rule PATH"
         )
     setting = _demo.DemoSetting(steps=steps, seeds=seeds, activation=activation)
-    rules = _load_rules(names)
+    rules = load_rules(names)
     if picture:
-        _check_file(out, "--out")
+        check_file(out, "--out")
     typer.echo(
         f"scikit-learn digits, 64-{setting.hidden}-10 {activation} network, batch "
         f"{setting.batch_size}, {steps} steps, mean ±std over {seeds} seeds. The learned rules run "
@@ -139,7 +94,7 @@ def train(
         int | None, typer.Option(min=1, help="Instead of the recipe's number.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=_MAX_SEED, help="Instead of the recipe's seed.")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Instead of the recipe's seed.")
     ] = None,
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Outer steps between checkpoints.")
@@ -168,7 +123,7 @@ def train(
             f"there is no checkpoint in {folder}: leave --resume out to begin there, or name the "
             "folder that has one by --out"
         )
-    _make_folder(folder, "--out")
+    make_folder(folder, "--out")
     with _alone_in(folder):
         if has_checkpoint(folder) and not resume:
             raise RuntimeError(
@@ -232,119 +187,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@app.command("eval")
-def evaluate(
-    rules: Annotated[list[str], typer.Argument(help="Shipped names or .safetensors paths.")],
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "quadratic",
-    horizon: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 100,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs reported.")] = 16,
-    tuning_seeds: Annotated[
-        int, typer.Option(min=1, help="Other runs, for choosing learning rates.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Seed of the reported runs.")] = 0,
-    criterion: Annotated[
-        str, typer.Option(help="Learning rates by the 'sum' of losses or by the 'final' loss.")
-    ] = "sum",
-    baselines: Annotated[
-        bool, typer.Option(help="Tune and run the hand-designed optimizers too.")
-    ] = True,
-    step: Annotated[
-        list[int] | None, typer.Option(help="Report the loss after this many; repeatable.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="MNIST .npz; default $FASTL2O_DATA.")] = None,
-    hidden: Annotated[
-        str | None, typer.Option(help="Hidden widths of the network, such as 20 or 20,20.")
-    ] = None,
-    activation: Annotated[str | None, typer.Option(help="sigmoid, tanh, relu or elu.")] = None,
-    init_scale: Annotated[
-        str | None, typer.Option(help="Standard deviation of the initial parameters, or torch.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a minibatch.")] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Images trained on: meta_valid (default), train, meta_train or test."),
-    ] = None,
-    dim: Annotated[int | None, typer.Option(min=1, help="Size of the quadratics.")] = None,
-    num_threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Threads; one is best for small tasks.")
-    ] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
-) -> None:
-    """Compare rules with SGD, Nesterov, RMSprop and Adam, each at its best learning rate."""
-    from ._evaluate import HAND_DESIGNED, Setting, compare, threads
-
-    widths = None if hidden is None else _parse_widths(hidden)
-    options = {
-        "data": data,
-        "hidden": widths,
-        "activation": activation,
-        "init_scale": _parse_scale(init_scale),
-        "batch_size": batch_size,
-        "split": split,
-        "dim": dim,
-    }
-    setting = Setting(
-        horizon=horizon,
-        runs=seeds,
-        tuning_runs=tuning_seeds,
-        seed=seed,
-        criterion=criterion,
-        steps=tuple(step or ()),
-    )
-    chosen = _make_task(task, {key: value for key, value in options.items() if value is not None})
-    learned = _load_rules(rules)
-    if out is not None:
-        _check_file(out, "--out")
-    with threads(num_threads):
-        comparison = compare(
-            chosen,
-            learned,
-            setting,
-            hand_designed=HAND_DESIGNED if baselines else {},
-            progress=True,
-        )
-    document = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
-    if out is not None:
-        out.write_text(document + "\n", encoding="utf-8")
-    if as_json:
-        typer.echo(document)
-    else:
-        rates = f", rates chosen by {criterion} on {tuning_seeds} others" if baselines else ""
-        typer.echo(f"{comparison.task}, {seeds} runs{rates}")
-        typer.echo(comparison.table())
-
-
-def _parse_widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise ValueError(f"--hidden takes widths such as 20 or 20,20; got {text!r}") from None
-
-
-def _parse_scale(text: str | None) -> float | str | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
-
-
-def _make_task(name: str, options: dict[str, Any]) -> meta.tasks.Task:
-    from . import meta
-
-    if name == "quadratic":
-        accepted = {"dim", "init_scale"}
-    elif name in TASKS:
-        accepted = {"hidden", "activation", "init_scale", "batch_size", "split"}
-        accepted |= {"data"} if name == "mnist" else set()
-    else:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}; got {name!r}")
-    unused = sorted("--" + option.replace("_", "-") for option in set(options) - accepted)
-    if unused:
-        raise ValueError(f"--task {name} has no use for {', '.join(unused)}")
-    if name == "quadratic":
-        return meta.tasks.Quadratic(**options)
-    return meta.tasks.MLPClassification(**{"data": name, "split": "meta_valid", **options})
+app.command("eval")(evaluate)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -11,16 +11,17 @@ import torch
 
 import fastl2o
 from fastl2o import meta
-from fastl2o._evaluate import (
+from fastl2o.evaluate import (
     HAND_DESIGNED,
     LEARNING_RATES,
+    Entrant,
     Setting,
     compare,
     mean_std,
     pick_learning_rate,
     render_table,
     threads,
-    train_losses,
+    train,
 )
 
 
@@ -49,6 +50,10 @@ def setting(**changes) -> Setting:
     return Setting(**{"horizon": 4, "runs": 3, "tuning_runs": 2, **changes})
 
 
+def with_baselines(**rules: fastl2o.rules.Rule) -> list[Entrant]:
+    return [*(Entrant.learned(name, rule) for name, rule in rules.items()), *Entrant.baselines()]
+
+
 def test_grid_has_13_half_decades_from_1e_5_to_10() -> None:
     assert len(LEARNING_RATES) == 13
     assert (LEARNING_RATES[0], LEARNING_RATES[-1]) == (1e-5, 10.0)
@@ -58,7 +63,8 @@ def test_grid_has_13_half_decades_from_1e_5_to_10() -> None:
 
 def test_every_optimizer_sees_the_same_start_and_minibatches() -> None:
     task = RecordedTask()
-    compare(task, {"rule": fastl2o.LSTMRule(hidden_size=2, num_layers=1)}, setting())
+    rule = fastl2o.LSTMRule(hidden_size=2, num_layers=1)
+    compare(task, with_baselines(rule=rule), setting())
     reported = [draws for draws in task.draws if len(draws[0]) == 3]
     tuning = [draws for draws in task.draws if len(draws[0]) == 2]
     assert len(reported) == 5
@@ -98,7 +104,8 @@ def test_batched_runs_train_like_single_ones(name: str) -> None:
         def make(params, run):
             return HAND_DESIGNED[name]([params], lr=0.01)
 
-        return train_losses(Selected(rows), make, horizon=5, runs=4, seed=0)
+        selected = Selected(rows)
+        return train(selected, make, horizon=5, runs=len(selected.params), seed=0).losses
 
     together = losses(slice(None))
     single = torch.cat([losses(slice(row, row + 1)) for row in range(4)], dim=1)
@@ -108,12 +115,12 @@ def test_batched_runs_train_like_single_ones(name: str) -> None:
 def test_learning_rate_is_chosen_by_the_criterion() -> None:
     task = meta.tasks.Quadratic(dim=3)
     rates = (1e-5, 1e-2, 1e3)
-    result = compare(task, {}, setting(horizon=20, learning_rates=rates))
+    result = compare(task, Entrant.baselines(), setting(horizon=20, learning_rates=rates))
     assert [row.learning_rate for row in result.rows][:2] == [1e-2, 1e-2]
     assert result.rows[0].edge is False
-    edge = compare(task, {}, setting(horizon=20, learning_rates=(1e-5, 1e-4)))
+    edge = compare(task, Entrant.baselines(), setting(horizon=20, learning_rates=(1e-5, 1e-4)))
     assert edge.rows[0].edge is True
-    assert "edge of the grid" in edge.table()
+    assert "* the best rate is at the edge of the grid" in edge.notes()
 
 
 def test_criterion_final_looks_at_the_end_only() -> None:
@@ -129,7 +136,7 @@ def test_rates_that_diverge_are_never_chosen() -> None:
 def test_diverged_runs_are_counted_and_json_stays_valid() -> None:
     hopeless = fastl2o.LSTMRule.as_sgd(1e18)
     result = compare(
-        meta.tasks.Quadratic(dim=3), {"hopeless": hopeless}, setting(horizon=30, runs=2)
+        meta.tasks.Quadratic(dim=3), with_baselines(hopeless=hopeless), setting(horizon=30, runs=2)
     )
     assert result.rows[0].diverged == 2
     assert result.rows[1].diverged == 0
@@ -140,7 +147,9 @@ def test_diverged_runs_are_counted_and_json_stays_valid() -> None:
 
 def test_ratios_are_to_the_best_baseline_of_each_column() -> None:
     result = compare(
-        meta.tasks.Quadratic(dim=3), {"adam": fastl2o.RNNPropRule.as_adam(0.1)}, setting()
+        meta.tasks.Quadratic(dim=3),
+        with_baselines(adam=fastl2o.RNNPropRule.as_adam(0.1)),
+        setting(),
     )
     learned, *others = result.rows
     for column, spread in learned.values.items():
@@ -180,16 +189,20 @@ def test_impossible_settings_are_refused(changes, message) -> None:
 def test_a_sum_that_no_rate_can_change_is_refused() -> None:
     task, one = meta.tasks.Quadratic(dim=3), setting(horizon=1)
     with pytest.raises(ValueError, match="criterion 'sum' of horizon 1 is the loss before any"):
-        compare(task, {}, one)
-    assert compare(task, {"untuned": fastl2o.LSTMRule()}, one, hand_designed={}).rows
-    assert compare(task, {}, setting(horizon=1, criterion="final")).rows
+        compare(task, Entrant.baselines(), one)
+    assert compare(task, [Entrant.learned("untuned", fastl2o.LSTMRule())], one).rows
+    assert compare(task, [Entrant.fixed("Adam", 1e-3)], one).rows
+    assert compare(task, Entrant.baselines(), setting(horizon=1, criterion="final")).rows
 
 
-def test_the_table_says_what_its_columns_are() -> None:
-    rules = {"sgd": fastl2o.LSTMRule.as_sgd(0.1)}
-    text = compare(meta.tasks.Quadratic(dim=3), rules, setting(), hand_designed={}).table()
-    assert "sum of 4: the losses before each of the 4 steps; last 1: mean at the end" in text
-    assert "diverged: runs that went non-finite or ended above their first loss" in text
+def test_the_notes_say_what_the_columns_are() -> None:
+    rule = Entrant.learned("sgd", fastl2o.LSTMRule.as_sgd(0.1))
+    notes = compare(meta.tasks.Quadratic(dim=3), [rule], setting()).notes()
+    assert notes == [
+        "sum of 4: the losses before each of the 4 steps",
+        "last 1: mean at the end, the loss after the last step included",
+        "diverged: runs that went non-finite or ended above their first loss",
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 100_000])
@@ -201,6 +214,15 @@ def test_impossible_numbers_of_threads_are_refused(count: int) -> None:
         pass
 
 
-def test_nothing_to_compare_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to compare"):
-        compare(meta.tasks.Quadratic(dim=3), {}, setting(), hand_designed={})
+@pytest.mark.parametrize(
+    ("entrants", "baseline", "message"),
+    [
+        ([], None, "nothing to compare"),
+        ([Entrant.tuned("Adam"), Entrant.tuned("Adam")], None, "Adam given more than once"),
+        (Entrant.baselines(), "Momentum", r"\(SGD, Nesterov, RMSprop, Adam\), got 'Momentum'"),
+        ([Entrant.fixed("Adam", 0.1)], "Adam", r"\(there are none\), got 'Adam'"),
+    ],
+)
+def test_impossible_comparisons_are_refused(entrants, baseline, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(meta.tasks.Quadratic(dim=3), entrants, setting(), baseline=baseline)

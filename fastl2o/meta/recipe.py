@@ -31,7 +31,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Recipe", "RecipeError", "build_trainer", "load_recipe", "parse_recipe", "recipe_names"]
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "build_trainer",
+    "load_recipe",
+    "load_tasks",
+    "parse_recipe",
+    "recipe_names",
+]
 
 
 @dataclass(frozen=True)
@@ -97,17 +105,20 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
         >>> load_recipe("lstm-quadratic").rule["family"]
         'lstm'
     """
+    return parse_recipe(_read(name_or_path), os.fspath(name_or_path))
+
+
+def _read(name_or_path: str | os.PathLike[str]) -> bytes:
     given = os.fspath(name_or_path)
     if given in recipe_names():
-        text = resources.files("fastl2o.recipes").joinpath(f"{given}.toml").read_text("utf-8")
-        return parse_recipe(text, given)
+        return resources.files("fastl2o.recipes").joinpath(f"{given}.toml").read_bytes()
     path = Path(given)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no recipe {given!r}: pass the path of a .toml file, or one of "
             f"{', '.join(recipe_names())}"
         )
-    return parse_recipe(path.read_bytes(), given)
+    return path.read_bytes()
 
 
 def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
@@ -118,12 +129,42 @@ def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
             types or missing keys. Values that a rule, task or trainer refuses are found by
             ``build_trainer``.
     """
-    try:
-        table = tomllib.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+    table = _parse(text, source)
     check_recipe(source, table)
     return Recipe(**table)
+
+
+def _parse(text: str | bytes, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+
+
+def load_tasks(
+    name_or_path: str | os.PathLike[str], data: str | os.PathLike[str] | None = None
+) -> list[Task]:
+    """The tasks of a recipe, or of a .toml file of ``[[tasks]]`` tables alone.
+
+    Args:
+        name_or_path: what ``load_recipe`` accepts; a list of tasks may leave out all else.
+        data: the MNIST .npz for tasks with ``data = "mnist"``; ``$FASTL2O_DATA`` by default.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe, file or data.
+        RecipeError: if a table cannot be used.
+
+    Example:
+        >>> load_tasks("lstm-quadratic")
+        [Quadratic(dim=10, distribution='normal', init_scale=0.0)]
+    """
+    source = os.fspath(name_or_path)
+    table = _parse(_read(name_or_path), source)
+    if "tasks" not in table:
+        raise RecipeError(f"{source} has no tasks; give at least one [[tasks]] table with a kind")
+    # What a list of tasks leaves out has no bearing on its tasks.
+    check_recipe(source, {"name": "tasks", "outer_steps": 0, "rule": {"family": "lstm"}, **table})
+    return _build_tasks(source, "tasks", table["tasks"], data)[0]
 
 
 def build_trainer(

@@ -48,6 +48,8 @@ MODULES = {
     "elu": torch.nn.ELU,
     "tanh": torch.nn.Tanh,
 }
+# Images of all runs that are converted at a time where losses of whole sets are measured.
+_CHUNK = 1000
 
 
 class _MLPRun(ImageRun, VmapRun):
@@ -74,11 +76,8 @@ class _MLPRun(ImageRun, VmapRun):
         # arithmetic takes twice as long, a quarter of a meta-training step.
         pixels, labels = self.gather(batch)
         runs, size = labels.shape
-        layers, outputs, logits = split_layers(params, self.task.widths), [pixels], pixels
-        for layer, (weight, bias) in enumerate(layers):
-            if layer:
-                outputs.append(ACTIVATIONS[self.task.activation](logits))
-            logits = torch.baddbmm(bias.unsqueeze(1), outputs[-1], weight.transpose(1, 2))
+        layers = split_layers(params, self.task.widths)
+        outputs, logits = self._forward(layers, pixels)
         log_odds = torch.log_softmax(logits, dim=2)
         picked = labels.unsqueeze(2)
         losses = -log_odds.gather(2, picked).sum(dim=(1, 2)) / size
@@ -92,6 +91,84 @@ class _MLPRun(ImageRun, VmapRun):
                 slope = _DERIVATIVES[self.task.activation](outputs[layer])
                 delta = delta.bmm(layers[layer][0]).mul_(slope)
         return losses, torch.cat(pieces, dim=1)
+
+    def _forward(
+        self, layers: Sequence[tuple[Tensor, Tensor]], pixels: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """What enters each layer, and the logits ``(R, B, classes)``, of ``(R, B, pixels)``."""
+        outputs, logits = [pixels], pixels
+        for layer, (weight, bias) in enumerate(layers):
+            if layer:
+                outputs.append(ACTIVATIONS[self.task.activation](logits))
+            logits = torch.baddbmm(bias.unsqueeze(1), outputs[-1], weight.transpose(1, 2))
+        return outputs, logits
+
+    @torch.no_grad()
+    def example_losses(self, params: Tensor, held_out: bool) -> Tensor:
+        """Losses ``(R, N)`` of single examples at ``params (R, D)``.
+
+        Of all training examples, or of the test examples (``held_out``) but for the first R, which
+        ``twin`` may put into training sets.
+        """
+        layers = split_layers(params, self.task.widths)
+        count = len(self.task.images.test_labels) - self.num_runs if held_out else len(self.labels)
+        losses = []
+        for indices in torch.arange(count).split(_CHUNK):
+            batch = (indices.expand(self.num_runs, -1),)
+            pixels, labels = self._held_out(batch) if held_out else self.gather(batch)
+            logits = self._forward(layers, pixels)[1]
+            losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
+        self._pixels = None
+        return torch.cat(losses, dim=1)
+
+    def _held_out(self, batch: Batch) -> Batch:
+        (indices,) = batch
+        images, labels = self.task.images.test_images, self.task.images.test_labels
+        chosen = indices + self.num_runs
+        return images[chosen].to(self.params.dtype) * self.task.images.scale, labels[chosen]
+
+    def twin(self, generator: torch.Generator) -> TaskRun:
+        """The same runs on training sets with one example replaced, drawn for each run.
+
+        Starts and minibatches (as positions in the set) are the same; run r has test example r in
+        the place of a training example. For measurements of stability (arXiv 1509.01240).
+
+        Raises:
+            ValueError: if the runs train on the test images, or are more than there are.
+        """
+        test_images, test_labels = self.task.images.test_images, self.task.images.test_labels
+        if self.task.split == "test":
+            raise ValueError(
+                f"{self.task!r} trains on the test images, which leaves none to test on; choose "
+                "split 'train', 'meta_train' or 'meta_valid'"
+            )
+        if self.num_runs >= len(test_labels):
+            raise ValueError(
+                f"{self.num_runs} runs need a test image each, and one must be left to test on; "
+                f"there are {len(test_labels)}: take fewer runs"
+            )
+        ours = torch.Generator()
+        ours.set_state(self.generator.get_state())
+        tensors = {
+            "params": self.params,
+            "replaced": torch.randint(len(self.labels), (self.num_runs,), generator=generator),
+            "new_images": test_images[: self.num_runs],
+            "new_labels": test_labels[: self.num_runs],
+        }
+        return _TwinRun(self.task, tensors, ours)
+
+
+class _TwinRun(_MLPRun):
+    """Runs on training sets in which example ``replaced[r]`` of run r is another."""
+
+    def gather(self, batch: Batch) -> Batch:
+        pixels, labels = super().gather(batch)
+        met = batch[0] == self.tensors["replaced"].unsqueeze(1)
+        runs = met.nonzero()[:, 0]
+        new = self.tensors["new_images"][runs]
+        pixels[met] = new.to(pixels.dtype) * self.task.images.scale
+        labels[met] = self.tensors["new_labels"][runs]
+        return pixels, labels
 
 
 def split_layers(params: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
