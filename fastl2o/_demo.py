@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ._figure import new_figure, save
 from .evaluate import (
     HAND_DESIGNED,
     LEARNING_RATES,
     draw_band,
     mean_std,
-    new_figure,
     pick_learning_rate,
     render_table,
-    save,
 )
 from .meta.tasks._data import Images, load_images
 from .optim import LearnedOptimizer

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastl2o
-from fastl2o import cli
+from fastl2o import _cli_train, cli
 
 RECIPE = """
 name = "tiny"
@@ -258,12 +258,12 @@ def test_bad_rule_files_are_named_on_one_line(
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
-        cli._alone_in(tmp_path),
+        _cli_train._alone_in(tmp_path),
         pytest.raises(RuntimeError, match="another training is running"),
-        cli._alone_in(tmp_path),
+        _cli_train._alone_in(tmp_path),
     ):
         pass
-    with cli._alone_in(tmp_path):  # free again
+    with _cli_train._alone_in(tmp_path):  # free again
         pass
 
 

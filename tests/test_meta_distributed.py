@@ -13,25 +13,29 @@ import torch
 
 import fastl2o
 from fastl2o import meta
+from fastl2o.meta.recipe import build_trainer
 from fastl2o.meta.tasks import Quadratic
 from tests.distributed_child import ESTIMATORS, train
 
 ROOT = Path(__file__).parents[1]
 
 
+def torchrun(*command: str) -> None:
+    """Run a module in two processes."""
+    run = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *run, *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have trained."""
     folder = tmp_path_factory.mktemp("shared")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
-        *("-m", "tests.distributed_child", str(folder)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun("tests.distributed_child", str(folder))
     return folder
 
 
@@ -61,6 +65,41 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(shared: Path, tmp_path: Pa
         (folder / file.name).write_bytes(file.read_bytes())
     moved = train(folder, 25, ESTIMATORS["bptt"])
     assert torch.equal(moved.rule.flat_parameters(), whole.rule.flat_parameters())
+
+
+RECIPE = """
+name = "shared"
+outer_steps = 6
+[rule]
+family = "lstm"
+hidden_size = 4
+[[tasks]]
+kind = "quadratic"
+dim = 3
+[estimator]
+kind = "pes"
+unroll = 5
+sigma = 0.1
+[trainer]
+horizon = 10
+runs = 4
+accumulate = 2
+log_snr = true
+[validation]
+every = 3
+runs = 2
+"""
+
+
+def test_train_command_shares_a_recipe_among_processes(tmp_path: Path) -> None:
+    recipe = tmp_path / "shared.toml"
+    recipe.write_text(RECIPE)
+    torchrun("fastl2o", "train", str(recipe), "--out", str(tmp_path / "two"))
+    alone = build_trainer(recipe, progress=False)
+    alone.fit(6)
+    together = fastl2o.load(tmp_path / "two" / "shared.safetensors")
+    assert torch.equal(together.flat_parameters(), alone.best_rule.flat_parameters())
+    assert together.card["trained"]["outer_steps"] == 6
 
 
 def test_accumulated_windows_are_averaged() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import fastl2o
@@ -343,3 +344,24 @@ def test_learning_rate_of_the_optimizer_must_be_finite(lr: float) -> None:
     optimizer.param_groups[0]["lr"] = lr
     with pytest.raises(ValueError, match="the optimizer's lr"):
         meta.MetaTrainer(rule, tasks=[meta.tasks.Quadratic(dim=3)], optimizer=optimizer)
+
+
+def test_tensorboard_and_curves_show_what_the_log_holds(tmp_path: Path) -> None:
+    logs = ("tensorboard", "curves")
+    small_trainer(checkpoint_dir=tmp_path, checkpoint_every=5, logs=logs).fit(5)
+    first = (tmp_path / "curves.png").read_bytes()
+    small_trainer(checkpoint_dir=tmp_path, checkpoint_every=5, logs=logs).fit(20)
+    assert first.startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").read_bytes() != first
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = {event.step: event.value for event in events.Scalars("meta_loss")}
+    assert shown == pytest.approx({int(r["outer_step"]): float(r["meta_loss"]) for r in rows})
+
+
+@pytest.mark.parametrize("logs", [("csv",), "curves", 3])
+def test_unknown_logs_are_named(logs: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="logs must be"):
+        small_trainer(logs=logs)

@@ -5,7 +5,7 @@ and seconds to the tuned baseline's loss, divergences and, where asked, generali
 """
 
 from ._compare import Comparison, Reach, Row, check_entrants, compare, steps_of
-from ._figures import draw_band, new_figure, save
+from ._figures import draw_band
 from ._generalisation import (
     Gap,
     Generalisation,
@@ -70,12 +70,10 @@ __all__ = [
     "majority",
     "markdown_table",
     "mean_std",
-    "new_figure",
     "normalised_distance",
     "pick_learning_rate",
     "render",
     "render_table",
-    "save",
     "steps_of",
     "steps_to_reach",
     "summary_cells",

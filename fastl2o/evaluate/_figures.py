@@ -1,4 +1,4 @@
-"""Pictures of comparisons; matplotlib is loaded here only."""
+"""Pictures of comparisons."""
 
 from __future__ import annotations
 
@@ -10,29 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._figure import new_figure, save
 from ._compare import Comparison
 
-__all__ = ["draw_band", "draw_curves", "draw_generalisation", "new_figure", "save"]
+__all__ = ["draw_band", "draw_curves", "draw_generalisation"]
 
 _COLUMNS = 3
-
-
-def new_figure(width: float, height: float, instead: str) -> Any:
-    """An empty matplotlib figure that needs no display, inches wide and high.
-
-    Raises:
-        RuntimeError: without matplotlib; names the extra that has it, or what to do ``instead``.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            f"the picture needs matplotlib: pip install 'fastl2o[plot]', or {instead}"
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def draw_band(axes: Any, steps: Sequence[int], values: Tensor, label: str, bold: bool) -> None:
@@ -46,13 +29,6 @@ def draw_band(axes: Any, steps: Sequence[int], values: Tensor, label: str, bold:
     axes.fill_between(
         steps, low.tolist(), (mean + std).tolist(), color=line.get_color(), alpha=0.15
     )
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure, in folders made for it; the ending gives the format (.png, .svg, .pdf)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def draw_curves(comparisons: Sequence[Comparison], path: Path) -> Path:

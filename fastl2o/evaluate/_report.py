@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from .._figure import new_figure
 from .._version import __version__
 from ._compare import Comparison
-from ._figures import draw_curves, draw_generalisation, new_figure
+from ._figures import draw_curves, draw_generalisation
 from ._tables import markdown_table, render_table
 
 __all__ = ["check_report", "document", "render", "summary_cells", "write_report"]

@@ -1,16 +1,22 @@
-"""The training log: a CSV file with one row an outer step."""
+"""The training log: a CSV file with one row an outer step, and what is made of its rows."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from .._figure import new_figure
+from ._checks import check_choice
+from ._curves import draw_training
 from .checkpoint import CheckpointError
 
-__all__ = ["LOG", "TrainingLog"]
+__all__ = ["LOG", "LOGS", "TrainingLog"]
 
-LOG = "log.csv"
+LOG, CURVES = "log.csv", "curves.png"
+LOGS = ("tensorboard", "curves")
 _COLUMNS = (
     "outer_step",
     "task",
@@ -35,10 +41,25 @@ class TrainingLog:
 
     Args:
         directory: where the file is, or None to keep no log.
+        kinds: what is written besides: ``"tensorboard"``, event files of the same numbers, and
+            ``"curves"``, the picture ``curves.png``, drawn anew with every checkpoint.
+
+    Raises:
+        ValueError: for another kind.
+        RuntimeError: if the package that writes one is not there.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, kinds: Sequence[str] = ()) -> None:
+        if isinstance(kinds, str) or not isinstance(kinds, Sequence):
+            raise TypeError(f"logs must be a sequence of some of {', '.join(LOGS)}; got {kinds!r}")
+        for kind in kinds:
+            check_choice("logs", kind, LOGS)
         self.path = None if directory is None else directory / LOG
+        self._draws = "curves" in kinds and directory is not None
+        if self._draws:
+            new_figure(1, 1, "leave 'curves' out of logs")  # refuse before the training, not in it
+        self._writer_type = _summary_writer() if "tensorboard" in kinds else None
+        self._writer: Any = None
 
     def open_at(self, outer_step: int) -> None:
         """Keep the rows of outer steps up to ``outer_step`` and drop the rest."""
@@ -65,6 +86,9 @@ class TrainingLog:
             writer.writerow(_COLUMNS)
             writer.writerows(rows)
         os.replace(temporary, self.path)
+        if self._writer_type is not None:
+            # Events of steps that are taken again are hidden.
+            self._writer = self._writer_type(self.path.parent, purge_step=outer_step + 1)
 
     def append(self, **row: float | None) -> None:
         """Add one row by column name; None leaves a cell empty.
@@ -78,8 +102,30 @@ class TrainingLog:
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(cells)
+            if self._writer is not None:
+                for name in _COLUMNS[1:]:
+                    if row[name] is not None:
+                        self._writer.add_scalar(name, row[name], row["outer_step"])
         except OSError as error:
             raise CheckpointError(
                 f"could not write the training log {str(self.path)!r}: {error}; checkpoints are "
                 "as they were. Free some space and run the training again"
             ) from error
+
+    def refresh(self) -> None:
+        """Bring what is not written row by row up to date."""
+        if self._writer is not None:
+            self._writer.flush()
+        if self.path is not None and self._draws:
+            draw_training(self.path, self.path.parent / CURVES)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            "logs: 'tensorboard' needs a package: pip install 'fastl2o[tensorboard]', or leave it "
+            "out"
+        ) from error
+    return SummaryWriter

@@ -84,11 +84,11 @@ class MetaTrainer:
         seed: of tasks, runs and minibatches. Initialise the rule with a generator of your own.
         unroll: inner steps of a window, given or drawn for each batch of runs as ``horizon`` is;
             the estimator's by default.
-        runs: R, the runs of a batch; they share every kernel call.
+        runs: R, the runs of a batch, which share every kernel call.
         accumulate: windows, each of another batch of runs, whose mean meta-gradient makes an
             update; a multiple of the number of processes.
-        groups: batches of runs in flight, one window each in turn, a multiple of ``accumulate``,
-            which is the default; more of them make successive updates less alike.
+        groups: batches of runs in flight, one window each in turn: a multiple of ``accumulate``,
+            the default. With more, successive updates are less alike.
         clip_grad: largest 2-norm of the meta-gradient; None for no limit.
         average: decay, in [0, 1), of an exponential moving average of the meta-parameters; then
             validation scores the average and ``best_rule`` is one. None for no averaging.
@@ -101,6 +101,7 @@ class MetaTrainer:
         log_snr: also log the meta-gradients' signal-to-noise ratio.
         divergence: a loss beyond this factor times the first counts as non-finite; None: allowed.
         checkpoint_dir: where checkpoints and ``log.csv`` go; None for neither.
+        logs: what to write there besides: ``"tensorboard"`` events, ``"curves"`` (a picture).
         checkpoint_every: outer steps between checkpoints; the end of a ``fit`` writes one too.
         progress: show a progress bar; None shows it on a terminal.
 
@@ -137,6 +138,7 @@ class MetaTrainer:
         divergence: float | None = 1e6,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 500,
+        logs: Sequence[str] = (),
         progress: bool | None = None,
     ) -> None:
         check_type("rule", rule, Rule, "fastl2o.LSTMRule()")
@@ -169,9 +171,10 @@ class MetaTrainer:
         self.seed, self.divergence, self.average = seed, divergence, average
         self.accumulate = accumulate
         self.validation, self.imitation = validation, imitation
-        self.progress, self.checkpoint_every = progress, checkpoint_every
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self._ranks = Ranks()
+        self.progress = progress if self._ranks.main else False
+        self.checkpoint_every = checkpoint_every
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         count = check_groups(groups, accumulate, self._ranks.size, imitation)
         self._outer = OuterUpdate(
             rule, optimizer, schedule, clip_grad, average, imitation is not None
@@ -184,7 +187,7 @@ class MetaTrainer:
             *(imitation, self._dtype),
         )
         self._groups = Groups(self._starter, count, seed, divergence, self._ranks)
-        self._log = TrainingLog(self.checkpoint_dir if self._ranks.main else None)
+        self._log = TrainingLog(self.checkpoint_dir if self._ranks.main else None, logs)
         self.outer_step, self.inner_steps, self.skipped, self._skipped_in_a_row = 0, 0, 0, 0
         self.best_score, self.last_score = math.inf, math.inf
         self.best_step: int | None = None
@@ -225,7 +228,7 @@ class MetaTrainer:
             initial=self.outer_step,
             unit="step",
             desc="meta-training",
-            disable=self._hides_progress,
+            disable=None if self.progress is None else not self.progress,
         ) as bar:
             while self.outer_step < outer_steps:
                 meta_loss = self._outer_step(outer_steps, begun)
@@ -244,12 +247,6 @@ class MetaTrainer:
             self.inner_steps,
             time.perf_counter() - begun,
         )
-
-    @property
-    def _hides_progress(self) -> bool | None:
-        if not self._ranks.main:
-            return True
-        return None if self.progress is None else not self.progress
 
     def _outer_step(self, outer_steps: int, begun: float) -> float:
         """The windows of one update, the update, and what is due after it; the mean meta-loss."""
@@ -273,6 +270,7 @@ class MetaTrainer:
             state = self.state_dict()
             if self._ranks.main:
                 save_checkpoint(self.checkpoint_dir, state)
+                self._log.refresh()
         if broken:
             raise RuntimeError(
                 f"{_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for non-finite or diverged "
