@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,26 +109,32 @@ def test_a_refused_state_changes_nothing(task: Task) -> None:
         run.generator.set_state(draws)
 
 
-def make_trainer(**options: Any) -> meta.MetaTrainer:
+def make_trainer(estimator: meta.Estimator, **options: Any) -> meta.MetaTrainer:
     tasks = [DRAWN["both"], DRAWN["rnnprop"], DRAWN["sum"]]
     return meta.MetaTrainer(
         small_rule(),
         tasks,
-        meta.TruncatedBPTT(2, objective="log"),
+        estimator,
         horizon=(2, 4),
         runs=2,
         groups=2,
         progress=False,
-        imitation=meta.Imitation(0.3),
         **options,
     )
 
 
-def test_a_resumed_training_on_drawn_tasks_has_the_same_bits(tmp_path: Any) -> None:
-    whole = make_trainer()
+@pytest.mark.parametrize(
+    ("estimator", "imitation"),
+    [(meta.TruncatedBPTT(2, objective="log"), meta.Imitation(0.3)), (meta.PES(2), None)],
+    ids=["bptt", "pes"],
+)
+def test_a_resumed_training_on_drawn_tasks_has_the_same_bits(
+    estimator: meta.Estimator, imitation: meta.Imitation | None, tmp_path: Path
+) -> None:
+    whole = make_trainer(estimator, imitation=imitation)
     whole.fit(8)
-    make_trainer(checkpoint_dir=tmp_path).fit(3)
-    resumed = make_trainer(checkpoint_dir=tmp_path)
+    make_trainer(estimator, imitation=imitation, checkpoint_dir=tmp_path).fit(3)
+    resumed = make_trainer(estimator, imitation=imitation, checkpoint_dir=tmp_path)
     resumed.fit(8)
     assert_same_bits(resumed, whole)
 

@@ -135,6 +135,17 @@ def test_second_derivatives_are_symmetric(task: Any) -> None:
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["rnn", "gru", "transformer-deep"])
+def test_a_character_is_predicted_from_those_before_it(name: str) -> None:
+    module = NETWORKS[name].module()
+    window = NETWORKS[name].examples()[:5].unsqueeze(0)
+    other = window.clone()
+    other[0, 3] = (window[0, 3] + 1) % len(ALPHABET)
+    change = (module(other) - module(window)).abs().amax(dim=2)[0]
+    assert (change[:3] == 0).all()
+    assert (change[3:] > 0).all()
+
+
 def test_text_is_the_languages_own() -> None:
     assert draw_text(2000) == draw_text(3000)[:2000]
     assert draw_text(2000) != draw_text(2000, language=1)

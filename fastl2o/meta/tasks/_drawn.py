@@ -58,7 +58,20 @@ class _DrawnRun(WrappedRun):
 class DrawnTask(Task):
     """A task that draws another for every batch of runs, which then share what was drawn.
 
-    Subclasses say what is drawn, and the task that a draw means.
+    Subclasses say what is drawn, and the task that a draw means. The state of a run holds its draw:
+    ``load_state_dict`` takes over runs of other draws.
+
+    Example:
+        >>> from fastl2o.meta.tasks import Quadratic
+        >>> class DrawnQuadratic(DrawnTask):
+        ...     def config(self):
+        ...         return {}
+        ...     def draw(self, generator):
+        ...         return {"dim": int(torch.randint(2, 20, (), generator=generator))}
+        ...     def drawn(self, draw):
+        ...         return Quadratic(**draw)
+        >>> DrawnQuadratic().sample(2, torch.Generator().manual_seed(0)).dim
+        10
     """
 
     @abstractmethod

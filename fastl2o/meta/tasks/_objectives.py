@@ -29,9 +29,6 @@ class _ChangedRun(WrappedRun):
         super().__init__(inner, {"params": inner.params}, generator)
         self.amount = amount
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"params": (self.inner.dim,)}
-
 
 class _ChangedGradientRun(_ChangedRun):
     """What changes the gradient is drawn with the batch: the same batch gives the same gradient."""

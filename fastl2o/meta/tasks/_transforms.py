@@ -40,6 +40,9 @@ class WrappedRun(TaskRun):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self.inner.state_dict()}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(), "params": (self.inner.dim,)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_parts(self, [self.inner], [state.get("inner", {})], state)
 
