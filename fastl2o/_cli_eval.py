@@ -40,7 +40,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="quadratic (default), digits, mnist, ensemble, ensemble/FAMILY, or the [[tasks]] "
-            "of a recipe (shipped name or .toml path); repeatable."
+            "of a recipe (shipped name or .toml path), on what they hold out of meta-training; "
+            "repeatable."
         ),
     ] = None,
     horizon: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 100,
