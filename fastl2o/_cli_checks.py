@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .rules import Rule
 
-__all__ = ["MAX_SEED", "check_file", "load_rules", "make_folder"]
+__all__ = ["MAX_SEED", "check_file", "load_rules", "make_folder", "nearest"]
 
 MAX_SEED = 2**63 - 1
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """A question after the known name that looks most like the one given; empty if none does."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def load_rules(names: list[str]) -> dict[str, Rule]:

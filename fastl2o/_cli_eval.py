@@ -1,30 +1,21 @@
-"""``fastl2o eval``: its options, and the tasks and optimizers that they name."""
+"""``fastl2o eval``: its options, and the optimizers that they name."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._cli_checks import MAX_SEED, check_file, load_rules
+from ._cli_checks import MAX_SEED, check_file, load_rules, nearest
+from ._cli_tasks import make_tasks
 
 if TYPE_CHECKING:
     from .evaluate import Entrant
-    from .meta.tasks import Task
 
 __all__ = ["evaluate"]
-
-_NETWORK = {"hidden", "activation", "init_scale", "batch_size", "split"}
-_TASK_OPTIONS = {
-    "quadratic": {"dim", "init_scale"},
-    "digits": _NETWORK,
-    "mnist": {*_NETWORK, "data"},
-}
-_ALL_FAMILIES = "ensemble"
 
 
 def evaluate(
@@ -39,8 +30,9 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="quadratic (default), digits, mnist, ensemble, ensemble/FAMILY, or the [[tasks]] "
-            "of a recipe (shipped name or .toml path); repeatable."
+            help="quadratic (default), digits, mnist; ensemble, families or held_out, or one of "
+            "their families (ensemble/bowl); or the [[tasks]] of a recipe (shipped name or .toml "
+            "path), on what they hold out of meta-training. Repeatable."
         ),
     ] = None,
     horizon: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 100,
@@ -138,7 +130,7 @@ def evaluate(
         learning_rates=tuple(learning_rate or LEARNING_RATES),
     )
     chosen = {key: value for key, value in options.items() if value is not None}
-    tasks = _make_tasks(task or ["quadratic"], chosen)
+    tasks = make_tasks(task or ["quadratic"], chosen)
     entrants = _make_entrants(rules, baselines)
     reference = None if baseline is None else _optimizer_name(baseline) or baseline
     check_entrants(entrants, setting, reference)
@@ -242,15 +234,10 @@ def _check_rule_name(text: str) -> None:
         return
     designed = [name.lower() for name in OPTIMIZERS]
     raise ValueError(
-        f"there is no rule or optimizer {text!r}; {_nearest(text, [*zoo.names(), *designed])}give "
+        f"there is no rule or optimizer {text!r}; {nearest(text, [*zoo.names(), *designed])}give "
         f"a shipped rule ({', '.join(zoo.names())}), a path that ends in .safetensors, or a "
         f"hand-designed optimizer ({', '.join(designed)}, with a rate: adam:1e-3)"
     )
-
-
-def _nearest(text: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _parse_widths(text: str) -> tuple[int, ...]:
@@ -265,66 +252,3 @@ def _parse_scale(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
-
-
-def _make_tasks(names: Sequence[str], options: dict[str, Any]) -> dict[str, Task]:
-    """The tasks by the names to report them under; those of a list are numbered."""
-    from . import meta
-
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"--task {', '.join(twice)} given more than once; give each task once")
-    accepted = {name: _options_of(name) for name in names}
-    unused = sorted(
-        "--" + option.replace("_", "-") for option in set(options).difference(*accepted.values())
-    )
-    if unused:
-        raise ValueError(f"--task {', '.join(names)} has no use for {', '.join(unused)}")
-    files = [Path(name).name for name in names]
-    tasks: dict[str, Task] = {}
-    for name, file in zip(names, files, strict=True):
-        mine = {key: value for key, value in options.items() if key in accepted[name]}
-        if name == "quadratic":
-            tasks[name] = meta.tasks.Quadratic(**mine)
-        elif name in _TASK_OPTIONS:
-            network = {"data": name, "split": "meta_valid", **mine}
-            tasks[name] = meta.tasks.MLPClassification(**network)
-        else:
-            label = file if name.endswith(".toml") and files.count(file) == 1 else name
-            listed = _listed_tasks(name, mine.get("data"))
-            for index, task in enumerate(listed, 1):
-                tasks[label if len(listed) == 1 else f"{label}/{index}"] = task
-    return tasks
-
-
-def _listed_tasks(name: str, data: str | None) -> list[Task]:
-    """The tasks of an ensemble's family, of all of them, or of a recipe."""
-    from . import meta
-    from .meta.recipe import load_tasks
-
-    first, _, family = name.partition("/")
-    if first == _ALL_FAMILIES:
-        families = meta.tasks.ensemble(held_out=True)
-        return (
-            families[family] if family else [task for tasks in families.values() for task in tasks]
-        )
-    return [task.held_out() for task in load_tasks(name, data)]
-
-
-def _options_of(name: str) -> set[str]:
-    """Task options that a ``--task`` takes; refuses names that stand for nothing."""
-    from . import meta
-    from .meta.recipe import recipe_names
-
-    if name in _TASK_OPTIONS:
-        return _TASK_OPTIONS[name]
-    families = [f"{_ALL_FAMILIES}/{family}" for family in meta.tasks.ensemble()]
-    if name in (_ALL_FAMILIES, *families):
-        return set()
-    if name.endswith(".toml") or name in recipe_names():
-        return {"data"}
-    known = [*_TASK_OPTIONS, _ALL_FAMILIES, *families, *recipe_names()]
-    raise ValueError(
-        f"--task: there is no task {name!r}; {_nearest(name, known)}give one of "
-        f"{', '.join(known)}, or the path of a .toml file with [[tasks]]"
-    )

@@ -99,14 +99,29 @@ def sample(runs: int, **options):
     return digits(**options).sample(runs, torch.Generator().manual_seed(0))
 
 
-def test_example_losses_are_those_of_the_network_on_each_image() -> None:
+@pytest.mark.parametrize(
+    "task",
+    [
+        partial(meta.tasks.MLPClassification, hidden=(4,), init_scale=0.3),
+        partial(meta.tasks.ConvClassification, channels=(3, 2)),
+        partial(meta.tasks.Autoencoder, hidden=(3,)),
+        partial(meta.tasks.Autoencoder, hidden=(3,), loss="cross_entropy"),
+    ],
+    ids=["mlp", "conv", "autoencoder", "autoencoder-cross-entropy"],
+)
+def test_example_losses_have_the_tasks_losses_as_means(task) -> None:
+    run = task(split="meta_valid").sample(2, torch.Generator().manual_seed(0))
+    runs = [run, run.twin(torch.Generator().manual_seed(1))]
+    means = [one.example_losses(run.params, held_out=False).mean(1) for one in runs]
+    for one, mean in zip(runs, means, strict=True):
+        expected = one.losses(run.params, run.full_batch())
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert (means[0] != means[1]).all()
+
+
+def test_held_out_losses_are_those_of_the_network_on_test_images() -> None:
     run = sample(2)
-    task = run.task
-    train_losses = run.example_losses(run.params, held_out=False)
-    torch.testing.assert_close(
-        train_losses.mean(1), run.losses(run.params, run.full_batch()), rtol=1e-5, atol=1e-6
-    )
-    network = task.module()
+    task, network = run.task, run.task.module()
     torch.nn.utils.vector_to_parameters(run.params[1], network.parameters())
     # The first two test images are for twins.
     images, labels = task.images.test_images[2:] * task.images.scale, task.images.test_labels[2:]

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import fastl2o
 from fastl2o import cli, meta
-from fastl2o._cli_eval import _make_entrants, _make_tasks
+from fastl2o._cli_eval import _make_entrants
+from fastl2o._cli_tasks import make_tasks
 from fastl2o.evaluate import Entrant, Setting, compare, document, summary_cells, write_report
 
 TASKS = """
@@ -121,7 +122,7 @@ def test_the_summary_counts_over_tasks() -> None:
 
 
 def test_tasks_by_name(tasks_file: Path) -> None:
-    tasks = _make_tasks(
+    tasks = make_tasks(
         ["quadratic", "digits", "ensemble/norm", str(tasks_file), "lstm-quadratic"],
         {"dim": 2, "hidden": (3,)},
     )
@@ -136,7 +137,24 @@ def test_tasks_by_name(tasks_file: Path) -> None:
     assert tasks["lstm-quadratic"].config()["dim"] == 10
     assert isinstance(tasks["ensemble/norm/1"], meta.tasks.Norm)
     every = meta.tasks.ensemble(held_out=True).values()
-    assert len(_make_tasks(["ensemble"], {})) == sum(map(len, every))
+    assert len(make_tasks(["ensemble"], {})) == sum(map(len, every))
+    convolutions = make_tasks(["families/conv", "held_out/signal_conv"], {})
+    assert list(convolutions) == [
+        *(f"families/conv/{number}" for number in (1, 2, 3)),
+        *(f"held_out/signal_conv/{number}" for number in (1, 2)),
+    ]
+    assert {task.config()["split"] for task in convolutions.values()} == {"meta_valid"}
+
+
+def test_a_list_of_tasks_may_hold_families_that_no_rule_is_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "held.toml"
+    table = "[[tasks]]\nkind = 'families'\nheld_out = true\nfamilies = ['char_gru']\n"
+    path.write_text(table, encoding="utf-8")
+    assert list(make_tasks([str(path)], {})) == ["held.toml/1", "held.toml/2"]
+    rule = "name = 'rule'\nouter_steps = 1\nrule = { family = 'lstm' }\n"
+    path.write_text(rule + table, encoding="utf-8")
+    with pytest.raises(ValueError, match="asks for held-out families"):
+        make_tasks([str(path)], {})
 
 
 def test_optimizers_by_name() -> None:
@@ -160,7 +178,10 @@ def test_optimizers_by_name() -> None:
     ("arguments", "message"),
     [
         (["--task", "minst"], "no task 'minst'; did you mean 'mnist'. give one of quadratic"),
-        (["--task", "ensemble/bow"], "did you mean 'ensemble/bowl'"),
+        (
+            ["--task", "ensemble/bow"],
+            "ensemble has no family 'bow'; did you mean 'bowl'. give one of",
+        ),
         (["--task", "nowhere.toml"], "there is no recipe 'nowhere.toml'"),
         (["--task", "digits", "--task", "digits"], "--task digits given more than once"),
         (["--task", "ensemble/bowl", "--dim", "3"], "--task ensemble/bowl has no use for --dim"),
@@ -192,4 +213,7 @@ def test_a_file_without_tasks_is_refused(tmp_path: Path) -> None:
         evaluate("adam", "--task", empty)
     empty.write_text("[[tasks]]\nkind = 'quadratik'\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tasks\[0\].kind must be one of quadratic"):
+        evaluate("adam", "--task", empty)
+    empty.write_text("tasks = 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tasks must be tables, written \[\[tasks\]\]"):
         evaluate("adam", "--task", empty)

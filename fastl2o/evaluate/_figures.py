@@ -50,26 +50,35 @@ def draw_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
 
 
 def draw_generalisation(comparisons: Sequence[Comparison], path: Path) -> Path:
-    """Test minus training loss, and the distance of twin runs, against steps; a row for each."""
+    """Draw test minus training loss and how far twin runs are apart, a row of panels for each task.
+
+    Apart in their parameters, and in the test examples' losses.
+    """
     measured = [comparison for comparison in comparisons if comparison.generalisation is not None]
-    panels = iter(_panels(2 * len(measured), columns=2))
+    panels = iter(_panels(3 * len(measured)))
     for comparison in measured:
         assert comparison.generalisation is not None
-        gap_axes, distance_axes = next(panels), next(panels)
         rules = {row.name for row in comparison.rows if row.learning_rate is None}
+        gap_axes, distance_axes, difference_axes = next(panels), next(panels), next(panels)
         for row in comparison.generalisation.rows:
             gap = torch.tensor(row.test_loss) - torch.tensor(row.train_loss)
             distance = torch.tensor(row.normalised_distance)
-            for axes, values in ((gap_axes, gap), (distance_axes, distance)):
+            difference = torch.tensor(row.loss_difference)
+            for axes, values in (
+                (gap_axes, gap),
+                (distance_axes, distance),
+                (difference_axes, difference),
+            ):
                 draw_band(axes, comparison.points, values.T, row.name, bold=row.name in rules)
-        # A gap may have either sign, and a distance begins at 0: linear axes.
+        # A gap may have either sign, and what comes apart begins at 0: linear axes.
         _label(gap_axes, comparison.name, "test - training loss", [])
         _label(distance_axes, comparison.name, "distance, one example changed", [])
+        _label(difference_axes, comparison.name, "loss difference, one example changed", [])
     return save(gap_axes.figure, path)
 
 
-def _panels(count: int, columns: int = _COLUMNS) -> list[Any]:
-    columns = min(count, columns)
+def _panels(count: int) -> list[Any]:
+    columns = min(count, _COLUMNS)
     rows = math.ceil(count / columns)
     figure = new_figure(5.0 * columns, 3.6 * rows, "leave the report out")
     return [figure.add_subplot(rows, columns, index + 1) for index in range(count)]

@@ -135,8 +135,8 @@ def _pair(task: Task, setting: Setting) -> tuple[DataRun, TaskRun]:
     run = task.sample(setting.runs, torch.Generator().manual_seed(setting.seed))
     if not isinstance(run, DataRun):
         raise ValueError(
-            f"{task!r} has no training and test data to measure generalisation on; take a "
-            "classification task without transforms (mnist, digits, or kind 'mlp')"
+            f"{task!r} has no training and test data to measure generalisation on; take a task on "
+            "images without transforms (mnist, digits, or a recipe's mlp, conv or autoencoder)"
         )
     return run, run.twin(torch.Generator().manual_seed(setting.tuning_seed))
 

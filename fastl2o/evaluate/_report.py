@@ -121,10 +121,11 @@ def _markdown(comparisons: Sequence[Comparison], measured: bool) -> str:
     ]
     if any(row.tuned for row in first.rows):
         rates = first.learning_rates
+        criterion = "sum of losses" if first.criterion == "sum" else "final loss"
         parts.append(
-            f"Optimizers without a rate in their name have the best of {len(rates)} learning rates "
-            f"from {min(rates):.2g} to {max(rates):.2g}, by the {first.criterion} of losses on "
-            f"{first.tuning_runs} other runs of the task."
+            "Hand-designed optimizers that are not named with a rate have the best of "
+            f"{len(rates)} learning rates from {min(rates):.2g} to {max(rates):.2g}, by the "
+            f"{criterion} on {first.tuning_runs} other runs of the task."
         )
     parts.append("![losses](curves.png)")
     if len(comparisons) > 1:

@@ -17,7 +17,7 @@ from .estimators import Estimator, TruncatedBPTT
 from .evolution import ES, PES
 from .optimizers import MuonAdam
 
-__all__ = ["ESTIMATORS", "OPTIMIZERS", "RecipeError", "check_recipe", "naming"]
+__all__ = ["ESTIMATORS", "OPTIMIZERS", "RecipeError", "check_recipe", "check_tasks", "naming"]
 
 
 class RecipeError(ValueError):
@@ -123,7 +123,8 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
                 f"{source}: the key {key!r} is missing; a recipe needs {', '.join(_REQUIRED)}"
             )
     _check_rule(source, table["rule"])
-    _check_tasks(source, "tasks", table["tasks"])
+    check_tasks(source, "tasks", table["tasks"])
+    _check_trained(source, table["tasks"])
     tables = {
         "trainer": _TRAINER_KEYS,
         "schedule": _SCHEDULE_KEYS,
@@ -134,7 +135,7 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
         if name in table:
             _check_table(source, name, table[name], known)
     if "tasks" in table.get("validation", {}):
-        _check_tasks(source, "validation.tasks", table["validation"]["tasks"])
+        check_tasks(source, "validation.tasks", table["validation"]["tasks"])
     _check_named(source, "optimizer", "name", "adam", table.get("optimizer", {}), OPTIMIZERS)
     if len(table.get("optimizer", {}).get("betas", (0, 0))) != 2:
         raise RecipeError(
@@ -189,7 +190,12 @@ def _check_rule(source: str, rule: dict[str, Any]) -> None:
     _check_table(source, "rule", rule, {"family": (str,), **known})
 
 
-def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
+def check_tasks(source: str, where: str, tasks: list[Any]) -> None:
+    """Check a list of tasks that stands at ``where``: kinds, keys and types.
+
+    Raises:
+        RecipeError: naming the recipe, the key and what is accepted.
+    """
     if not tasks:
         raise RecipeError(
             f"{source}: {where} is empty; give at least one [[{where}]] table with a kind"
@@ -208,10 +214,14 @@ def _check_tasks(source: str, where: str, tasks: list[Any]) -> None:
             )
         known = TASK_LISTS[kind] if kind in TASK_LISTS else {**TASK_KEYS, **TASKS[kind][1]}
         _check_table(source, place, task, known)
-        if where == "tasks" and kind == "families" and task.get("held_out", False):
+
+
+def _check_trained(source: str, tasks: list[dict[str, Any]]) -> None:
+    for index, task in enumerate(tasks):
+        if task["kind"] == "families" and task.get("held_out", False):
             raise RecipeError(
-                f"{source}: {place} asks for held-out families, which no rule is meta-trained on; "
-                "put them under [[validation.tasks]]"
+                f"{source}: tasks[{index}] asks for held-out families, which no rule is "
+                "meta-trained on; put them under [[validation.tasks]]"
             )
 
 

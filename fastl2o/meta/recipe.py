@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ._checks import check_number
-from ._recipe_schema import ESTIMATORS, OPTIMIZERS, RecipeError, check_recipe, naming
+from ._recipe_schema import ESTIMATORS, OPTIMIZERS, RecipeError, check_recipe, check_tasks, naming
 from ._recipe_tasks import TASK_LISTS, TASKS, listed_families, transformed
 from .imitation import Imitation
 from .schedules import LRSchedule, as_horizon
@@ -162,8 +162,12 @@ def load_tasks(
     table = _parse(_read(name_or_path), source)
     if "tasks" not in table:
         raise RecipeError(f"{source} has no tasks; give at least one [[tasks]] table with a kind")
-    # What a list of tasks leaves out has no bearing on its tasks.
-    check_recipe(source, {"name": "tasks", "outer_steps": 0, "rule": {"family": "lstm"}, **table})
+    if len(table) > 1:
+        check_recipe(source, table)
+    elif isinstance(table["tasks"], list):
+        check_tasks(source, "tasks", table["tasks"])
+    else:
+        raise RecipeError(f"{source}: tasks must be tables, written [[tasks]]")
     return _build_tasks(source, "tasks", table["tasks"], data)[0]
 
 

@@ -26,10 +26,13 @@ class _AutoencoderRun(ImageRun, BatchedRun):
         return tuple(self.task.sizes)
 
     def batched(self, params: Tensor, *inputs: Tensor) -> Tensor:
-        pixels, _ = inputs
+        pixels, labels = inputs
+        return self.each(params, pixels, labels).mean(dim=1)
+
+    def each(self, params: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         outputs = network(params, pixels, self.task.widths, ACTIVATIONS[self.task.activation])
         distance = F.mse_loss if self.task.loss == "squared" else F.binary_cross_entropy_with_logits
-        return distance(outputs, pixels, reduction="none").mean(dim=(1, 2))
+        return distance(outputs, pixels, reduction="none").mean(dim=2)
 
 
 class Autoencoder(ImageMLP):

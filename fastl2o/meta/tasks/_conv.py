@@ -17,7 +17,7 @@ from ._base import BatchedRun, TaskRun, fork_generator
 from ._data import data_name
 from ._images import ImageRun, ImageTask
 from ._layout import Layout, affine
-from ._mlp import ACTIVATIONS, MODULES, cross_entropies
+from ._mlp import ACTIVATIONS, MODULES, example_cross_entropies
 
 __all__ = ["ConvClassification"]
 
@@ -33,6 +33,9 @@ class _ConvRun(ImageRun, BatchedRun):
 
     def batched(self, params: Tensor, *inputs: Tensor) -> Tensor:
         pixels, labels = inputs
+        return self.each(params, pixels, labels).mean(dim=1)
+
+    def each(self, params: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         runs, size = labels.shape
         task = self.task
         activation = ACTIVATIONS[task.activation]
@@ -53,7 +56,7 @@ class _ConvRun(ImageRun, BatchedRun):
             )
         features = hidden.reshape(size, runs, -1).transpose(0, 1)
         logits = torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
-        return cross_entropies(logits, labels)
+        return example_cross_entropies(logits, labels)
 
 
 class ConvClassification(ImageTask):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["ImageRun", "ImageTask"]
+
+# Images of all runs that are converted at a time where losses of whole sets are measured.
+_CHUNK = 1000
 
 
 class ImageTask(Task):
@@ -54,7 +58,10 @@ class ImageTask(Task):
 
 
 class ImageRun(FunctionRun):
-    """Draws image indices; its function reads pixels ``(R, B, pixels)`` and labels ``(R, B)``."""
+    """Draws image indices; its function reads pixels ``(R, B, pixels)`` and labels ``(R, B)``.
+
+    The runs of ``twin`` keep in ``tensors`` which of their images is replaced, and by which.
+    """
 
     def __init__(
         self, task: ImageTask, tensors: dict[str, Tensor], generator: torch.Generator
@@ -81,10 +88,13 @@ class ImageRun(FunctionRun):
             self._pixels = torch.empty(shape, dtype=self.params.dtype)
         pixels = self._pixels
         pixels.view(len(flat), -1).copy_(self.images.index_select(0, flat))
-        return (
-            pixels.mul_(self.task.images.scale),
-            self.labels.index_select(0, flat).view(indices.shape),
-        )
+        labels = self.labels.index_select(0, flat).view(indices.shape)
+        if "replaced" in self.tensors:
+            met = indices == self.tensors["replaced"].unsqueeze(1)
+            runs = met.nonzero()[:, 0]
+            pixels[met] = self.tensors["new_images"][runs].to(pixels.dtype)
+            labels[met] = self.tensors["new_labels"][runs]
+        return pixels.mul_(self.task.images.scale), labels
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         # A graph may keep these pixels until its backward pass, so they get a buffer of their own.
@@ -93,3 +103,58 @@ class ImageRun(FunctionRun):
         losses = super().losses(params, batch)  # type: ignore[safe-super]
         self._pixels = None
         return losses
+
+    @abstractmethod
+    def each(self, params: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Losses ``(R, B)`` of single images, whose means over B are the losses."""
+
+    @torch.no_grad()
+    def example_losses(self, params: Tensor, held_out: bool) -> Tensor:
+        """Losses ``(R, N)`` of single images at ``params (R, D)``.
+
+        Of all training images, or of the test images (``held_out``) but for the first R, which
+        ``twin`` may put into training sets.
+        """
+        count = len(self.task.images.test_labels) - self.num_runs if held_out else len(self.labels)
+        losses = []
+        for indices in torch.arange(count).split(_CHUNK):
+            batch = (indices.expand(self.num_runs, -1),)
+            pixels, labels = self._test_images(batch) if held_out else self.gather(batch)
+            losses.append(self.each(params, pixels, labels))
+        self._pixels = None
+        return torch.cat(losses, dim=1)
+
+    def _test_images(self, batch: Batch) -> Batch:
+        (indices,) = batch
+        data, chosen = self.task.images, indices + self.num_runs
+        return data.test_images[chosen].to(self.params.dtype) * data.scale, data.test_labels[chosen]
+
+    def twin(self, generator: torch.Generator) -> Self:
+        """The same runs on training sets with one image replaced, drawn for each run.
+
+        Starts and minibatches (as positions in the set) are the same; run r has test image r in the
+        place of a training image. For measurements of stability (arXiv 1509.01240).
+
+        Raises:
+            ValueError: if the runs train on the test images, or are more than there are.
+        """
+        data, runs = self.task.images, self.num_runs
+        if self.task.split == "test":
+            raise ValueError(
+                f"{self.task!r} trains on the test images, which leaves none to test on; choose "
+                "split 'train', 'meta_train' or 'meta_valid'"
+            )
+        if runs >= len(data.test_labels):
+            raise ValueError(
+                f"{runs} runs need a test image each, and one must be left to test on; there are "
+                f"{len(data.test_labels)}: take fewer runs"
+            )
+        ours = torch.Generator()
+        ours.set_state(self.generator.get_state())
+        tensors = {
+            "params": self.params,
+            "replaced": torch.randint(len(self.labels), (runs,), generator=generator),
+            "new_images": data.test_images[:runs],
+            "new_labels": data.test_labels[:runs],
+        }
+        return type(self)(self.task, tensors, ours)

@@ -25,6 +25,7 @@ __all__ = [
     "check_hidden",
     "check_init_scale",
     "cross_entropies",
+    "example_cross_entropies",
     "network",
     "split_layers",
 ]
@@ -48,8 +49,6 @@ MODULES = {
     "elu": torch.nn.ELU,
     "tanh": torch.nn.Tanh,
 }
-# Images of all runs that are converted at a time where losses of whole sets are measured.
-_CHUNK = 1000
 
 
 class _MLPRun(ImageRun, VmapRun):
@@ -103,72 +102,9 @@ class _MLPRun(ImageRun, VmapRun):
             logits = torch.baddbmm(bias.unsqueeze(1), outputs[-1], weight.transpose(1, 2))
         return outputs, logits
 
-    @torch.no_grad()
-    def example_losses(self, params: Tensor, held_out: bool) -> Tensor:
-        """Losses ``(R, N)`` of single examples at ``params (R, D)``.
-
-        Of all training examples, or of the test examples (``held_out``) but for the first R, which
-        ``twin`` may put into training sets.
-        """
-        layers = split_layers(params, self.task.widths)
-        count = len(self.task.images.test_labels) - self.num_runs if held_out else len(self.labels)
-        losses = []
-        for indices in torch.arange(count).split(_CHUNK):
-            batch = (indices.expand(self.num_runs, -1),)
-            pixels, labels = self._held_out(batch) if held_out else self.gather(batch)
-            logits = self._forward(layers, pixels)[1]
-            losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
-        self._pixels = None
-        return torch.cat(losses, dim=1)
-
-    def _held_out(self, batch: Batch) -> Batch:
-        (indices,) = batch
-        images, labels = self.task.images.test_images, self.task.images.test_labels
-        chosen = indices + self.num_runs
-        return images[chosen].to(self.params.dtype) * self.task.images.scale, labels[chosen]
-
-    def twin(self, generator: torch.Generator) -> TaskRun:
-        """The same runs on training sets with one example replaced, drawn for each run.
-
-        Starts and minibatches (as positions in the set) are the same; run r has test example r in
-        the place of a training example. For measurements of stability (arXiv 1509.01240).
-
-        Raises:
-            ValueError: if the runs train on the test images, or are more than there are.
-        """
-        test_images, test_labels = self.task.images.test_images, self.task.images.test_labels
-        if self.task.split == "test":
-            raise ValueError(
-                f"{self.task!r} trains on the test images, which leaves none to test on; choose "
-                "split 'train', 'meta_train' or 'meta_valid'"
-            )
-        if self.num_runs >= len(test_labels):
-            raise ValueError(
-                f"{self.num_runs} runs need a test image each, and one must be left to test on; "
-                f"there are {len(test_labels)}: take fewer runs"
-            )
-        ours = torch.Generator()
-        ours.set_state(self.generator.get_state())
-        tensors = {
-            "params": self.params,
-            "replaced": torch.randint(len(self.labels), (self.num_runs,), generator=generator),
-            "new_images": test_images[: self.num_runs],
-            "new_labels": test_labels[: self.num_runs],
-        }
-        return _TwinRun(self.task, tensors, ours)
-
-
-class _TwinRun(_MLPRun):
-    """Runs on training sets in which example ``replaced[r]`` of run r is another."""
-
-    def gather(self, batch: Batch) -> Batch:
-        pixels, labels = super().gather(batch)
-        met = batch[0] == self.tensors["replaced"].unsqueeze(1)
-        runs = met.nonzero()[:, 0]
-        new = self.tensors["new_images"][runs]
-        pixels[met] = new.to(pixels.dtype) * self.task.images.scale
-        labels[met] = self.tensors["new_labels"][runs]
-        return pixels, labels
+    def each(self, params: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
+        logits = self._forward(split_layers(params, self.task.widths), pixels)[1]
+        return example_cross_entropies(logits, labels)
 
 
 def split_layers(params: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -193,8 +129,13 @@ def network(
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy ``(R,)`` of ``logits (R, B, classes)`` at ``labels (R, B)``."""
+    return example_cross_entropies(logits, labels).mean(dim=1)
+
+
+def example_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies ``(R, B)`` of ``logits (R, B, classes)`` at ``labels (R, B)``."""
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return each.view(labels.shape).mean(dim=1)
+    return each.view(labels.shape)
 
 
 def check_hidden(hidden: Sequence[int]) -> None:
