@@ -215,9 +215,6 @@ def test_what_the_rule_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="stochastic_rounding=True, which Hierarchical"):
         optimizer.step()
     assert not optimizer.state
-    optimizer = LearnedOptimizer(params, small_rule(), differentiable=True)
-    with pytest.raises(RuntimeError, match="needs a coordinate-wise rule"):
-        optimizer.step()
     with pytest.raises(RuntimeError, match=r"triton|cuda"), fastl2o.backend("cuda"):
         LearnedOptimizer(params, small_rule()).step()
 
