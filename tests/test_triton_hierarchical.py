@@ -129,7 +129,8 @@ class Lists:
         sizes = tuple(self.rule.config().values())[:4]
         checks = {"check_races": races, "check_uninit": True}
         sweep, level, apply = (
-            compiled(name, sizes, architecture) for name in ("sweep", "tensor_level", "apply")
+            compiled(name, sizes, architecture, self.planes[0].dtype)
+            for name in ("sweep", "tensor_level", "apply")
         )
         totals = (count, chunks, programs, plan.config.chunk)
         return [
