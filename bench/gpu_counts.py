@@ -217,6 +217,7 @@ def main() -> None:
     kernels += gpu_counts_hierarchical.cuda_kernels()
     if not options.no_triton and gpu_common.HAS_TRITON:
         kernels += [triton_kernel(), *(triton_window(family) for family in ("lstm", "rnnprop"))]
+        kernels += gpu_counts_hierarchical.triton_kernels()
     rows = [figures(kernel) for kernel in kernels]
     print(table(rows))
     if options.json:

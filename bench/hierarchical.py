@@ -1,15 +1,17 @@
 """The hierarchical rule on the CPU: ``python -m bench.hierarchical``, about three minutes.
 
 The step against eager torch, torch.compile and our own LSTM step, its scaling, and the window's
-gradient against eager autograd. Prints a table and writes it to ``bench/reports/hierarchical.md``.
+gradient against eager autograd, in time and in extra memory (each in a process of its own). Prints
+a table and writes it to ``bench/reports/hierarchical.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fastl2o import _ops_hierarchical as hierarchical
 from fastl2o.rules.hierarchical import ProblemState
 
 from .common import REPORTS, Contest, Figure, Target, machine, require, set_threads, table
+from .memory import in_own_process, peak_growth
 from .step import Buffers, make_rule
 
 MILLION = 1_000_000
@@ -84,6 +87,13 @@ def compiled(rule: HierarchicalRule) -> Problem:
     return problem
 
 
+def fresh_rule() -> HierarchicalRule:
+    """The default rule, the same in every process."""
+    rule = HierarchicalRule()
+    rule.reset_parameters(torch.Generator().manual_seed(0))
+    return rule
+
+
 def gate(rule: HierarchicalRule) -> None:
     """Kernel and eager baseline against float64, three steps."""
     kernel, eager = Problem(rule, 3_001, 3), Problem(rule, 3_001, 3)
@@ -102,42 +112,69 @@ def gate(rule: HierarchicalRule) -> None:
         require(error < 1e-6, f"{name}: parameters differ from float64 by {error:.1e}")
 
 
-def window(rule: HierarchicalRule) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The gradient of a window of ``WINDOW`` steps, by the kernel and by eager autograd."""
-    generator = torch.Generator().manual_seed(2)
-    params = torch.randn(1, sum(WINDOW_SIZES), generator=generator)
-    grads = torch.randn(WINDOW + 1, *params.shape, generator=generator)
-    weights = torch.ones(WINDOW + 1, 1)
-    state = rule.init_runs(params, WINDOW_SIZES, generator)
-    meta = rule.flat_parameters().detach().requires_grad_()
+class Window:
+    """A window of ``WINDOW`` steps, and its gradient of the meta-parameters."""
 
-    def kernel() -> Tensor:
+    def __init__(self, rule: HierarchicalRule) -> None:
+        generator = torch.Generator().manual_seed(2)
+        params = torch.randn(1, sum(WINDOW_SIZES), generator=generator)
+        self.rule = rule
+        self.grads = torch.randn(WINDOW + 1, *params.shape, generator=generator)
+        self.weights = torch.ones(WINDOW + 1, 1)
+        self.state = rule.init_runs(params, WINDOW_SIZES, generator)
+        self.meta = rule.flat_parameters().detach().requires_grad_()
+
+    def kernel(self) -> Tensor:
+        """By the op."""
         found = fastl2o.ops.unroll_backward(
-            rule, grads, state, weights, steps=WINDOW, sizes=WINDOW_SIZES
+            self.rule, self.grads, self.state, self.weights, steps=WINDOW, sizes=WINDOW_SIZES
         )
         return found[0]
 
-    def eager(dtype: torch.dtype = torch.float32) -> Tensor:
-        leaf, inner, gradients = meta.to(dtype), state.to(dtype), grads.to(dtype)
+    def eager(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """By autograd through the reference in eager torch; comes back in float32."""
+        leaf, inner, gradients = (t.to(dtype) for t in (self.meta, self.state, self.grads))
         moved, total = torch.zeros_like(gradients[0]), torch.zeros((), dtype=dtype)
         for t in range(WINDOW):
-            update, inner = rule.reference_runs_step(gradients[t], inner, t, WINDOW_SIZES, leaf)
+            update, inner = self.rule.reference_runs_step(
+                gradients[t], inner, t, WINDOW_SIZES, leaf
+            )
             moved = moved + update
             total = total + (gradients[t + 1] * moved).sum()
-        return torch.autograd.grad(total, meta)[0]
+        return torch.autograd.grad(total, self.meta)[0]
 
-    # The float64 gradient comes back in float32, which is far below the limit.
-    exact = eager(torch.float64).double()
-    for name, found in (("kernel", kernel()), ("eager", eager())):
-        error = float((found.double() - exact).norm() / exact.norm())
-        require(error < 1e-5, f"window: {name} differs from float64 by {error:.1e}")
-    return kernel, eager
+    def gate(self) -> None:
+        """Both against float64, whose error in float32 is far below the limit."""
+        exact = self.eager(torch.float64).double()
+        for name, found in (("kernel", self.kernel()), ("eager", self.eager())):
+            error = float((found.double() - exact).norm() / exact.norm())
+            require(error < 1e-5, f"window: {name} differs from float64 by {error:.1e}")
+
+
+def measure_memory(contender: str) -> dict[str, Any]:
+    """Peak growth of the resident memory in the window's gradient, for this process alone."""
+    recorded = Window(fresh_rule())
+    extra, gradient = peak_growth(recorded.kernel if contender == "kernel" else recorded.eager)
+    return {"extra_kib": extra, "finite": bool(gradient.isfinite().all())}
+
+
+def memory(title: str) -> list[Figure]:
+    """Extra memory of the window's gradient by the kernel and by eager autograd."""
+    names = {"kernel": "extra memory", "eager": "extra memory of eager autograd"}
+    figures = []
+    for contender, name in names.items():
+        found = in_own_process(
+            "bench.hierarchical", "--memory-of", contender, "--threads", torch.get_num_threads()
+        )
+        require(found["finite"], f"window: the gradient by {contender} is not finite")
+        figures.append(Figure(f"{title}: {name}", found["extra_kib"] * 1024 / 1e6, "MB"))
+    times = figures[1].value / figures[0].value
+    return [*figures, Figure("window: memory of eager autograd over ours", times, "x")]
 
 
 def measure(seconds: float) -> list[Figure]:
     """All figures, each contest of about ``seconds``."""
-    rule = HierarchicalRule()
-    rule.reset_parameters(torch.Generator().manual_seed(0))
+    rule = fresh_rule()
     gate(rule)
     ours, lstm = Problem(rule, 20_000, 50), Buffers(make_rule("lstm"), 20_000, 50)
     one, many = Problem(rule, MILLION, 1), Problem(rule, 1_000, 1_000)
@@ -161,13 +198,16 @@ def measure(seconds: float) -> list[Figure]:
     figures += [
         sizes.time(str(n), f"step, one tensor of {n:.0e}", "ns/parameter", n) for n in SIZES
     ]
-    kernel, eager = window(rule)
-    windows = Contest({"kernel": kernel, "eager": eager}, seconds)
+    window = Window(rule)
+    window.gate()
+    windows = Contest({"kernel": window.kernel, "eager": window.eager}, seconds)
     windows.run()
-    label = f"window of {WINDOW} steps, {sum(WINDOW_SIZES):,} parameters in {len(WINDOW_SIZES)}"
+    count = len(WINDOW_SIZES)
+    title = f"window of {WINDOW} steps, {sum(WINDOW_SIZES):,} parameters in {count} tensors"
     figures += [
-        windows.time("kernel", f"{label} tensors", "ms"),
+        windows.time("kernel", title, "ms"),
         windows.ratio("eager", "kernel", "window against eager autograd", Target(8.0)),
+        *memory(title),
     ]
     return figures
 
@@ -177,8 +217,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.hierarchical", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each of three contests")
+    parser.add_argument(
+        "--memory-of", choices=("kernel", "eager"), help="print the memory of one window as JSON"
+    )
     arguments = parser.parse_args()
     set_threads(arguments.threads)
+    if arguments.memory_of is not None:
+        print(json.dumps(measure_memory(arguments.memory_of)))
+        return
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     text = "\n".join(["# The hierarchical rule on the CPU", "", described, ""])
     text += "\n" + "\n".join(table(measure(arguments.seconds))) + "\n"

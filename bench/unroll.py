@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -20,18 +18,17 @@ from tests.common import Window as Recorded
 from tests.common import autograd_unroll, random_window
 
 from .common import (
-    ROOT,
     Contest,
     Figure,
     Suite,
     Target,
     available_gib,
-    proc_kib,
     relative_errors,
     require,
     set_threads,
 )
 from .eager import EagerRule, eager_state, unroll_gradient
+from .memory import in_own_process, peak_growth
 from .step import make_rule
 
 STEPS, RUNS, DIM = 20, 4, 4_000  # 16,000 coordinates
@@ -150,22 +147,10 @@ def against_eager(family: str = "lstm", seconds: float = 45.0) -> tuple[Suite, l
 
 
 def measure_memory(steps: int) -> dict[str, Any]:
-    """Peak growth of the resident memory in one call, for this process alone.
-
-    The op is not called before, so its scratch and the pages of its code count; torch's threads are
-    started before. Outputs count, inputs do not.
-    """
+    """Peak growth of the resident memory in the op's first call, for this process alone."""
     rule = make_rule("lstm")
     recorded = random_window(rule, steps=steps, runs=RUNS, dim=DIM, step=0)
-    torch.randn(1_000_000).sigmoid_()
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")  # sets the peak back to what is resident now
-    except OSError:
-        pass  # the peak so far is then counted too: an upper bound
-    before = proc_kib("VmRSS")
-    outputs = fused(rule, recorded)
-    extra = proc_kib("VmHWM") - before
+    extra, outputs = peak_growth(lambda: fused(rule, recorded))
     finite = all(bool(torch.isfinite(output).all()) for output in outputs)
     return {"steps": steps, "coordinates": RUNS * DIM, "extra_kib": extra, "finite": finite}
 
@@ -178,19 +163,7 @@ def memory(steps: int) -> list[Figure]:
     Raises:
         RuntimeError: if that process fails.
     """
-    # Blocks of 64 KiB and more come from the system and go back there, so that the peak is exact.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.unroll", str(steps), str(torch.get_num_threads())],
-        cwd=ROOT,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {steps} steps failed: {done.stderr.strip()}")
-    measured = json.loads(done.stdout)
+    measured = in_own_process("bench.unroll", steps, torch.get_num_threads())
     require(measured["finite"], f"the unroll gradient of {steps} steps is not finite")
     coordinates, extra = measured["coordinates"], measured["extra_kib"] * 1024
     limit = ((steps + 100) * 4 * coordinates + 16e6) / 1e6

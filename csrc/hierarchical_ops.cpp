@@ -121,13 +121,18 @@ void check_parts(const HierarchicalConfig& config, const std::vector<Tensor>& pa
 }
 
 HierarchicalOptions options_of(DType planes_dtype, bool maximize,
-                               const std::optional<Tensor>& grad_scale) {
+                               const std::optional<Tensor>& grad_scale,
+                               const std::optional<int64_t>& rounding_seed) {
+  STD_TORCH_CHECK(!rounding_seed.has_value() || planes_dtype == DType::bf16,
+                  "stochastic rounding is of bfloat16 planes");
   const std::optional<float> scale = scalar_of(grad_scale, "grad_scale");
   HierarchicalOptions options;
   options.planes_dtype = planes_dtype;
   options.maximize = maximize;
   options.unscale = scale.has_value();
   options.grad_scale = scale.value_or(1.0f);
+  options.stochastic_rounding = rounding_seed.has_value();
+  options.seed = uint64_t(rounding_seed.value_or(0));
   return options;
 }
 
@@ -138,13 +143,13 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
                         int64_t tensor_size, int64_t global_size, int64_t num_scales,
                         std::vector<double> lr, std::vector<double> weight_decay, bool maximize,
                         int64_t nonfinite, std::optional<Tensor> grad_scale,
-                        std::optional<Tensor> found_inf) {
+                        std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
   const int64_t sets = fastl2o::meta_sets(meta, global_states.size(0), "problems");
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales, sets);
   const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
   HierarchicalOptions options =
-      options_of(check_lists(config, lists, global_states), maximize, grad_scale);
+      options_of(check_lists(config, lists, global_states), maximize, grad_scale, rounding_seed);
   options.meta_sets = sets;
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
@@ -167,13 +172,14 @@ void hierarchical_sweep_(std::vector<Tensor> grads, std::vector<Tensor> planes,
                          Tensor global_states, std::vector<int64_t> problems,
                          std::vector<int64_t> counts, Tensor meta, int64_t param_size,
                          int64_t tensor_size, int64_t global_size, int64_t num_scales,
-                         bool maximize, std::optional<Tensor> grad_scale, Tensor sums, Tensor raw) {
+                         bool maximize, std::optional<Tensor> grad_scale, Tensor sums, Tensor raw,
+                         std::optional<int64_t> rounding_seed) {
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   const std::vector<double> unused(grads.size(), 0.0);
   const StepLists lists{grads, grads, planes, tensor_states, steps, problems, unused, unused};
   const HierarchicalOptions options =
-      options_of(check_lists(config, lists, global_states), maximize, grad_scale);
+      options_of(check_lists(config, lists, global_states), maximize, grad_scale, rounding_seed);
   check_parts(config, grads, counts, sums, raw);
   std::vector<HierarchicalTensor> tensors;
   for (size_t i = 0; i < grads.size(); ++i)

@@ -17,6 +17,7 @@ from . import _ops_hierarchical_gpu as gpu
 from . import backends
 from ._ops_families import Named, define
 from ._ops_reference import NONFINITE, check_lists, nonfinite_message
+from ._rounding import check_seed, round_planes
 from .rules import HierarchicalRule, _runs
 from .rules.hierarchical import ProblemState
 
@@ -41,6 +42,7 @@ def step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     meta: Tensor | None = None,
+    rounding_seed: int | None = None,
 ) -> None:
     """Take one step of a hierarchical rule in place on lists of tensors.
 
@@ -56,8 +58,8 @@ def step_(
         hidden: global states `(problems, global_size)`.
         problems: the problem of each tensor; empty: all belong to the only one.
         lr, weight_decay: of each tensor.
-        maximize, nonfinite, grad_scale, found_inf: as for `fastl2o.ops.step_`; a tensor that is
-            skipped takes no part in the means.
+        maximize, nonfinite, grad_scale, found_inf, rounding_seed: as for `fastl2o.ops.step_`; a
+            tensor that is skipped takes no part in the means. Stochastic rounding is of the planes.
         meta: flat meta-parameters `(M,)` in place of the rule's own, or a row for each problem,
             `(problems, M)`.
 
@@ -71,12 +73,18 @@ def step_(
         )
     if not params:
         return
+    if rounding_seed is not None:
+        check_seed(rounding_seed, planes, "planes")
     dtype = planes[0].dtype
     unsupported = ""
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(gpu.step_refusal, rule, params[0].device)
+    refuses = gpu.objections(
+        functools.partial(gpu.step_refusal, rounding=rounding_seed is not None),
+        rule,
+        params[0].device,
+    )
     chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
     wide = torch.promote_types(dtype, torch.float32)
     device = params[0].device
@@ -89,7 +97,7 @@ def step_(
         *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
         *(list(problems), meta, *_numbers(rule)),
         *([float(x) for x in lr], [float(x) for x in weight_decay], maximize, mode),
-        *(grad_scale, found_inf),
+        *(grad_scale, found_inf, rounding_seed),
     )
     with torch.no_grad():
         named = dict(zip(_STEP_NAMES, arguments, strict=True))
@@ -234,8 +242,9 @@ def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[
             grad = grad / named["grad_scale"].to(dtype)
             named["grads"][i].copy_(grad)
         seen.append(-grad if named["maximize"] else grad)
+    seed = named["rounding_seed"]
     state = ProblemState(
-        [planes[i] for i in mine],
+        [planes[i] if seed is None else planes[i].float() for i in mine],
         [tensors[i] for i in mine],
         [int(steps[i]) for i in mine],
         hidden.to(dtype),
@@ -246,11 +255,16 @@ def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[
         update, param = updates[place], params[i]
         if update is None or not param.numel():
             continue
+        new_planes = new.planes[place]
+        if seed is not None:
+            new_planes = round_planes(new_planes, seed, i)
+            if rule.attention:  # as it is stored, so that taking it back gives the parameters
+                update = update + (new_planes[-1].to(dtype) - new.planes[place][-1])
         lr = named["lr"][i]
         wide = torch.promote_types(param.dtype, torch.float32)
         keep = 1.0 - lr * named["weight_decay"][i]
         param.copy_(keep * param.to(wide) + lr * update.to(wide))
-        planes[i].copy_(new.planes[place])
+        planes[i].copy_(new_planes)
         tensors[i].copy_(new.tensors[place])
         steps[i].add_(1)
     hidden.copy_(new.hidden)
@@ -335,7 +349,7 @@ _STEP, _STEP_NAMES = _define(
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] planes, Tensor(d!)[] tensor_states, "
     "Tensor(e!)[] steps, Tensor(f!) global_states, int[] problems, Tensor meta, "
     f"{_CONFIG_SCHEMA}, float[] lr, float[] weight_decay, bool maximize, int nonfinite, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "Tensor? grad_scale=None, Tensor? found_inf=None, int? rounding_seed=None) -> ()",
     _default_step_,
     lambda named: None,
     gpu.dispatched(gpu.step_, gpu.step_refusal, _rule, _check_step, _default_step_),

@@ -25,10 +25,17 @@ _LISTS = ("params", "grads", "planes", "tensor_states", "steps", "lr", "weight_d
 _MAX_TRITON_UNITS = 16
 
 
-def step_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
-    """Why a backend that is present has no step for this rule on this device, "" if it has."""
+def step_refusal(
+    backend: str, rule: HierarchicalRule, device: torch.device, rounding: bool = False
+) -> str:
+    """Why a backend that is present has no step for this rule on this device, "" if it has.
+
+    `rounding`: whether planes are to be rounded stochastically.
+    """
     if backend == "triton" and rule.param_size > _MAX_TRITON_UNITS:
         return f"its kernels take param_size up to {_MAX_TRITON_UNITS}, not {rule.param_size}"
+    if backend == "cuda" and rounding:
+        return "its kernels do not round stochastically ('triton' does)"
     if backend == "cuda" and device.type == "cuda":
         return _cuda_refuses(cuda_sizes(rule), torch.device(device))
     return ""
@@ -75,6 +82,7 @@ def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
     if backend == "cuda":
         torch.ops.fastl2o_cuda.hierarchical_step_(*before, *cuda_sizes(rule), *after)
         return
+    after.append(named["rounding_seed"])
     step = import_module("fastl2o.kernels.hierarchical.step")
     step.step_(rule, *before, *after)
 
@@ -93,7 +101,7 @@ def _each_problem(named: Named) -> Iterator[Named]:
 
 def dispatched(
     function: Callable[[str, HierarchicalRule, Named], Any],
-    refusal: Refusal,
+    refusal: Callable[..., str],
     rule_of: Callable[[Named], HierarchicalRule],
     check: Callable[[HierarchicalRule, Named], None],
     default: Callable[[Named], Any],
@@ -102,7 +110,7 @@ def dispatched(
 
     Args:
         function: one of this module.
-        refusal: what backends do not take of it.
+        refusal: what backends do not take of it, as `step_refusal`.
         rule_of: the rule that an op's arguments describe.
         check: raises for lists that do not fit the rule.
         default: the op in plain torch.
@@ -114,7 +122,8 @@ def dispatched(
         floats: list[Tensor] = [named["meta"]]
         if any(tensor.dtype != torch.float32 for tensor in floats):
             unsupported = "its kernels take float32 (planes also bfloat16): convert the tensors"
-        chosen = backends.choose(device, unsupported, refuses=objections(refusal, rule, device))
+        asked = functools.partial(refusal, rounding=named["rounding_seed"] is not None)
+        chosen = backends.choose(device, unsupported, refuses=objections(asked, rule, device))
         if chosen == "reference":
             return default(named)
         check(rule, named)

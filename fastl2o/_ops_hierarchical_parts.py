@@ -16,6 +16,7 @@ from ._ops_families import Named, define
 from ._ops_hierarchical import _CONFIG_SCHEMA as CONFIG_SCHEMA
 from ._ops_hierarchical import _numbers as numbers
 from ._ops_hierarchical import _rule as rule_of
+from ._rounding import check_seed, round_planes
 from .rules import HierarchicalRule
 
 
@@ -34,6 +35,7 @@ def step_(
     weight_decay: Sequence[float],
     maximize: bool = False,
     grad_scale: Tensor | None = None,
+    rounding_seed: int | None = None,
 ) -> None:
     """One step of one problem, in place, on the parts of its tensors that are here.
 
@@ -42,8 +44,8 @@ def step_(
     agree on that beforehand.
 
     Args:
-        rule, tensors, steps, hidden, lr, weight_decay, maximize, grad_scale: as for
-            `_ops_hierarchical.step_`.
+        rule, tensors, steps, hidden, lr, weight_decay, maximize, grad_scale, rounding_seed: as for
+            `_ops_hierarchical.step_`. Random bits are those of a coordinate's place in its part.
         params, grads, planes: contiguous parts and their planes.
         counts: of each tensor, the coordinates of the whole, not 0.
         reduce: adds up `(tensors, rule.num_sums)` float64 sums over the ranks, in place: the one
@@ -53,6 +55,8 @@ def step_(
         return
     if rule.attention:
         raise RuntimeError(f"{rule!r} has attention, which is not there for sharded parameters")
+    if rounding_seed is not None:
+        check_seed(rounding_seed, planes, "planes")
     dtype = planes[0].dtype
     unsupported = ""
     if dtype not in (torch.float32, torch.bfloat16):
@@ -65,7 +69,7 @@ def step_(
     shared += [rule.flat_buffer(device, wide), *numbers(rule)]
     sums = torch.zeros((len(params), rule.num_sums), dtype=torch.float64, device=device)
     raw = torch.empty(total, dtype=wide, device=device)
-    first = (list(grads), list(planes), *shared, maximize, grad_scale, sums, raw)
+    first = (list(grads), list(planes), *shared, maximize, grad_scale, sums, raw, rounding_seed)
     last = (list(params), *shared, list(map(float, lr)), list(map(float, weight_decay)), sums, raw)
     with torch.no_grad():
         if chosen == "reference":
@@ -102,6 +106,7 @@ def _default_sweep_(named: Named) -> None:
     rule, meta = rule_of(named), named["meta"]
     weights = _weights(rule, meta)
     raw_steps = named["raw"].split([grad.numel() for grad in named["grads"]])
+    seed = named["rounding_seed"]
     for row, mine in _of_problem(named):
         hidden = named["global_states"][row].to(meta.dtype)
         total = sum(named["counts"][i] for i in mine)
@@ -113,14 +118,15 @@ def _default_sweep_(named: Named) -> None:
                 named["grads"][i].copy_(grad)
             swept = rule.reference_sweep(
                 -grad if named["maximize"] else grad,
-                named["planes"][i],
+                named["planes"][i] if seed is None else named["planes"][i].float(),
                 named["tensor_states"][i],
                 int(named["steps"][i]) == 0,
                 hidden,
                 torch.stack(rates).sum(),
                 weights,
             )
-            named["planes"][i].copy_(swept.planes)
+            new_planes = swept.planes if seed is None else round_planes(swept.planes, seed, i)
+            named["planes"][i].copy_(new_planes)
             named["sums"][i].copy_(swept.sums)
             raw_steps[i].copy_(swept.raw.reshape(-1))
 
@@ -154,7 +160,8 @@ _SWEEP, _SWEEP_NAMES = _define(
     "hierarchical_sweep_",
     "(Tensor(a!)[] grads, Tensor(b!)[] planes, Tensor[] tensor_states, Tensor[] steps, "
     f"Tensor global_states, int[] problems, int[] counts, Tensor meta, {CONFIG_SCHEMA}, "
-    "bool maximize, Tensor? grad_scale, Tensor(c!) sums, Tensor(d!) raw) -> ()",
+    "bool maximize, Tensor? grad_scale, Tensor(c!) sums, Tensor(d!) raw, int? rounding_seed=None) "
+    "-> ()",
     _default_sweep_,
 )
 _FINISH, _FINISH_NAMES = _define(

@@ -25,9 +25,10 @@ def has_attention(group: Mapping[str, Any]) -> bool:
     return isinstance(rule, HierarchicalRule) and rule.attention
 
 
-def evaluating(groups: Groups) -> bool:
-    """Whether parameters were taken back for an evaluation."""
-    return any(group["evaluating"] and has_attention(group) for group in groups)
+def refuse_evaluating(groups: Groups) -> None:
+    """Raise RuntimeError where parameters were taken back for an evaluation."""
+    if any(group["evaluating"] and has_attention(group) for group in groups):
+        raise RuntimeError("step() while evaluating: call optimizer.train() before training on")
 
 
 def lr_changed(groups: Groups) -> bool:
@@ -55,7 +56,7 @@ def _put_ahead(group: dict[str, Any], state: State, factor: float) -> None:
     group["ahead"] = factor
     if change == 0.0:
         return
-    with torch.no_grad():
+    with torch.set_grad_enabled(group["differentiable"] and torch.is_grad_enabled()):
         for param in group["params"]:
             planes = state.get(param, {}).get("planes")
             if planes is not None:

@@ -63,10 +63,14 @@ class Settings(NamedTuple):
 
     @classmethod
     def shared_by(cls, group: dict[str, Any]) -> Settings:
-        """What parameters of one list op share: a hierarchical step takes lr and decay of each."""
+        """What parameters of one list op share.
+
+        A hierarchical step takes lr and decay of each, and the seed of any for the rounding.
+        """
         settings = cls.of(group)
         if isinstance(settings.rule, HierarchicalRule):
-            settings = settings._replace(lr=1.0, weight_decay=0.0)
+            rounding = settings.rounding and (0, 0)
+            settings = settings._replace(lr=1.0, weight_decay=0.0, rounding=rounding)
         return settings
 
 

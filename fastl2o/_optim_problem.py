@@ -24,7 +24,8 @@ def problem_key(group: Mapping[str, Any], param: Tensor) -> Hashable | None:
     if not isinstance(rule, HierarchicalRule):
         return None
     how = (group["maximize"], group["nonfinite"], uses_reference(group))
-    return (id(rule), param.device, group["state_dtype"], *how)
+    state = (group["state_dtype"], group["stochastic_rounding"])
+    return (id(rule), param.device, *state, *how)
 
 
 def problem_names(groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, str]:

@@ -56,11 +56,6 @@ def run(
     settings_of = [Settings.of(groups[bucket.group_idx]) for bucket in plan.buckets]
     for bucket, settings in zip(plan.buckets, settings_of, strict=True):
         dtype = bucket.states[0]["planes"].dtype
-        if settings.rounding is not None and bucket.shared is not None:
-            raise ValueError(
-                f"group {bucket.group_idx}: stochastic_rounding=True, which {settings.rule!r} does "
-                "not have. Set stochastic_rounding=False"
-            )
         if settings.rounding is not None and dtype != torch.bfloat16:
             raise ValueError(
                 f"group {bucket.group_idx}: stochastic_rounding=True, but its states were made in "
@@ -120,9 +115,10 @@ def _run_bucket(
             unused: list[tuple[Tensor, Tensor]] = []
             kept = unused if amp.grad_scale is None else copied
             grads[i] = _dense(layout.view(grads[i]), kept)
+    seed = settings.rounding and step_seed(*settings.rounding, number)
     with backend("reference") if settings.reference else nullcontext():
         if bucket.shared is not None:
-            _step_together(bucket, settings, params, grads, planes, steps, owners, amp)
+            _step_together(bucket, settings, params, grads, planes, steps, owners, amp, seed)
         else:
             ops.step_(
                 ops.coordinate_wise(settings.rule),
@@ -134,7 +130,7 @@ def _run_bucket(
                 weight_decay=settings.weight_decay,
                 maximize=settings.maximize,
                 nonfinite=settings.nonfinite,
-                rounding_seed=settings.rounding and step_seed(*settings.rounding, number),
+                rounding_seed=seed,
                 **amp.on(params[0].device)._asdict(),
             )
     for view, dense in copied:
@@ -150,6 +146,7 @@ def _step_together(
     steps: list[Tensor] | None,
     owners: Groups,
     amp: Amp,
+    seed: int | None,
 ) -> None:
     assert isinstance(settings.rule, HierarchicalRule)
     assert bucket.shared is not None
@@ -174,6 +171,7 @@ def _step_together(
             weight_decay=decay,
             maximize=settings.maximize,
             grad_scale=scale,
+            rounding_seed=seed,
         )
     else:
         hierarchical.step_(
@@ -184,6 +182,7 @@ def _step_together(
             nonfinite=settings.nonfinite,
             grad_scale=scale,
             found_inf=found_inf,
+            rounding_seed=seed,
         )
 
 

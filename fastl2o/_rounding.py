@@ -10,6 +10,7 @@ same, so every backend draws the same bits.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,24 @@ def step_seed(seed: int, step: int, part: int = 0) -> int:
     """
     digest = hashlib.blake2b(f"{seed} {step} {part}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def check_seed(seed: int, states: Sequence[Tensor], name: str) -> None:
+    """Raise unless a step op can round these states, its argument `name`, with this seed."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"Invalid rounding_seed: {seed}; pass a signed 64-bit number")
+    for index, state in enumerate(states):
+        if state.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{name}[{index}]: stochastic rounding is of bfloat16 states, not {state.dtype}; "
+                "convert the state, or leave rounding_seed out"
+            )
+    if states[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stochastic rounding cannot be captured in a CUDA graph: its seed is a number of the "
+            "host, so every replay would repeat the same random bits. Step outside the graph, or "
+            "use float32 state"
+        )
 
 
 def mix_bits(x: _Words) -> _Words:
@@ -77,7 +96,25 @@ def round_state(rule: Any, state: Tensor, seed: int, tensor: int, first: int) ->
     # (pair, half) to planes: the moments' pair comes first there, then h and c of each layer.
     halves = torch.stack((random & 0xFFFF, random >> 16))
     recurrent = halves[:, :units].unflatten(1, (layers, hidden)).transpose(0, 1).flatten(0, 2)
-    of_planes = torch.cat((halves[:, units:].flatten(0, 1), recurrent)).to(torch.int32)
-    bits = state.contiguous().view(torch.int32)
-    rounded = (bits + of_planes >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(state.isfinite(), rounded, state.to(torch.bfloat16))
+    return _round(state, torch.cat((halves[:, units:].flatten(0, 1), recurrent)))
+
+
+def round_planes(planes: Tensor, seed: int, tensor: int) -> Tensor:
+    """Float32 planes `(S, ...)` of a hierarchical rule as bfloat16; NaN and infinity stay.
+
+    Args:
+        planes: of all coordinates of a tensor.
+        seed: of the step.
+        tensor: the tensor's place in the list.
+    """
+    rows = planes.reshape(planes.shape[0], planes[0].numel())
+    coordinates = torch.arange(rows.shape[1], device=rows.device)
+    # A pair for each plane: kernels compute the planes one by one.
+    random = random_bits(seed, tensor, coordinates, rows.shape[0]) & 0xFFFF
+    return _round(rows, random).view(planes.shape)
+
+
+def _round(values: Tensor, random: Tensor) -> Tensor:
+    bits = values.contiguous().view(torch.int32)
+    rounded = (bits + random.to(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))

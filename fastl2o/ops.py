@@ -21,6 +21,7 @@ from . import _ops_gpu, backends
 from . import _ops_hierarchical as hierarchical
 from . import _ops_reference as reference
 from ._ops_families import FAMILIES
+from ._rounding import check_seed
 from .rules import CoordinateRule, HierarchicalRule, Rule
 
 backends.load()
@@ -105,7 +106,9 @@ def step_(
     family = FAMILIES.get(rule.family)
     state_dtype = states[0].dtype
     if rounding_seed is not None:
-        _check_rounding(rounding_seed, family is not None, states)
+        if family is None:
+            raise ValueError("rounding_seed: only rules of the families lstm and rnnprop round so")
+        check_seed(rounding_seed, states, "states")
     if meta is not None:
         reference.check_rows(rule, meta, count, mode, rounding_seed)
     unsupported = ""
@@ -165,25 +168,6 @@ def coordinate_wise(rule: Rule) -> CoordinateRule:
             "fastl2o.LearnedOptimizer or rule.reference_step"
         )
     return rule
-
-
-def _check_rounding(seed: int, has_family: bool, states: Sequence[Tensor]) -> None:
-    if not has_family:
-        raise ValueError("rounding_seed: only rules of the families lstm and rnnprop round so")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"Invalid rounding_seed: {seed}; pass a signed 64-bit number")
-    for index, state in enumerate(states):
-        if state.dtype != torch.bfloat16:
-            raise ValueError(
-                f"states[{index}]: stochastic rounding is of bfloat16 states, not {state.dtype}; "
-                "convert the state, or leave rounding_seed out"
-            )
-    if states[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "stochastic rounding cannot be captured in a CUDA graph: its seed is a number of the "
-            "host, so every replay would repeat the same random bits. Step outside the graph, or "
-            "use float32 state"
-        )
 
 
 def step(

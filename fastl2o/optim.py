@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from ._optim_attention import evaluating, follow_lr, set_evaluating
+from ._optim_attention import follow_lr, refuse_evaluating, set_evaluating
 from ._optim_differentiable import differentiable_step
 from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
@@ -70,7 +70,8 @@ class LearnedOptimizer(Optimizer):
         foreach, fused: True or None use the list kernels of the current
             :func:`fastl2o.backend`, False (without the other) the reference loop.
         capturable: kept for torch's sake; a step on the CPU has nothing to capture.
-        differentiable: let autograd run through the step, also to the rule's meta-parameters.
+        differentiable: let autograd run through the step, also to the rule's meta-parameters; a
+            hierarchical rule then steps in plain torch.
 
     State: ``state[p]["planes"]`` is (S, *p.shape), with a last dimension of two added for a complex
     parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor; a
@@ -190,8 +191,7 @@ class LearnedOptimizer(Optimizer):
     def _step_lists(self) -> None:
         groups = self.param_groups
         self._check_assigned_options()
-        if evaluating(groups):
-            raise RuntimeError("step() while evaluating: call optimizer.train() before training on")
+        refuse_evaluating(groups)
         plan, grads = gather(groups, self.state, self._plan)
         self._plan = plan
         if not grads:

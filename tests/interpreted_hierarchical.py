@@ -99,6 +99,21 @@ def test_dtypes_mix_in_one_call() -> None:
         close(found.double(), expected.double(), 2e-2 if found.element_size() == 2 else 1e-2)
 
 
+def test_planes_are_rounded_by_the_bits_of_the_reference() -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    results = []
+    for backend, seed in (("triton", 2**40 + 5), ("reference", 2**40 + 5), ("triton", None)):
+        mine = Problem(rule, [(0,), (300,), (260,)], state_dtype=torch.bfloat16)
+        with fastl2o.backend(backend):
+            mine.step(rule, mine.draw(), rounding_seed=seed)
+        results.append(torch.cat(mine.planes, dim=1))
+    kernel, reference, plain = results
+    # A last bit of the float32 value decides only where the draw lies next to it.
+    assert float((kernel != reference).double().mean()) <= 2e-3
+    torch.testing.assert_close(kernel, reference, rtol=2**-7, atol=1e-30)
+    assert not torch.equal(kernel, plain)
+
+
 def test_problems_of_one_call_are_apart() -> None:
     problems_are_apart("triton")
 

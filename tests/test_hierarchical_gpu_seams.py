@@ -59,7 +59,8 @@ def test_the_step_hands_its_arguments_on_in_the_order_of_the_schema(library: Any
     named |= rule.config()
     gpu.step_("cuda", rule, named)
     (arguments,) = library
-    assert list(arguments) == [named[argument.name] for argument in SCHEMA.arguments]
+    taken = [argument.name for argument in SCHEMA.arguments if argument.name != "rounding_seed"]
+    assert list(arguments) == [named[name] for name in taken]
 
 
 def test_the_library_has_the_schema_of_the_op() -> None:
@@ -70,5 +71,6 @@ def test_the_library_has_the_schema_of_the_op() -> None:
         r'm\.def\(\s*((?:"[^"]*"\s*)*?"hierarchical_step_.*?)\);', text, re.S
     )
     schema = "".join(re.findall(r'"([^"]*)"', definition))
-    expected = torch._C.parse_schema(str(SCHEMA).removeprefix("fastl2o::"))
+    own = str(SCHEMA).removeprefix("fastl2o::").replace(", int? rounding_seed=None", "")
+    expected = torch._C.parse_schema(own)
     assert str(torch._C.parse_schema(schema)) == str(expected)

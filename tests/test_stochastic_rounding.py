@@ -220,7 +220,7 @@ def test_capture_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="every replay would repeat the same random bits"):
-        ops._check_rounding(1, True, [OnCuda()])  # type: ignore[list-item]
+        _rounding.check_seed(1, [OnCuda()], "states")  # type: ignore[list-item]
 
 
 INTERPRETED = """

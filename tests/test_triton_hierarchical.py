@@ -20,6 +20,7 @@ POINTERS = {
     "chunk": "i64",
     **dict.fromkeys(("tensors", "levels", "chunks"), "*i64"),
     **dict.fromkeys(("tensors_total", "chunks_total", "programs"), "i32"),
+    **dict.fromkeys(("seed_low", "seed_high"), "i32"),
     "flags": "*i32",
     **dict.fromkeys(("meta", "hidden", "injected", "raw", "partials", "inverse_rms"), "*fp32"),
     **dict.fromkeys(("grad_scale", "found_inf", "rates"), "*fp32"),
@@ -42,7 +43,13 @@ def compiled(
     param, state = DTYPES[torch.float32], DTYPES[planes]
     tiles = {"BLOCK": config.block, "TENSORS": config.tensors}
     own: dict[str, Any] = {
-        "sweep": {"PARAM": param, "PLANES": state, "HAS_SCALE": False, **tiles},
+        "sweep": {
+            "PARAM": param,
+            "PLANES": state,
+            "HAS_SCALE": False,
+            "STOCHASTIC": False,
+            **tiles,
+        },
         "tensor_level": {"ROWS": config.rows},
         "apply": {"PARAM": param, **tiles},
     }[name]
@@ -122,7 +129,8 @@ class Lists:
         sizes = tuple(self.rule.config().values())[:4]
         checks = {"check_races": races, "check_uninit": True}
         sweep, level, apply = (
-            compiled(name, sizes, architecture) for name in ("sweep", "tensor_level", "apply")
+            compiled(name, sizes, architecture, self.planes[0].dtype)
+            for name in ("sweep", "tensor_level", "apply")
         )
         totals = (count, chunks, programs, plan.config.chunk)
         return [
@@ -130,7 +138,7 @@ class Lists:
                 (programs,),
                 [
                     *(plan.tensors, plan.levels, plan.chunks, meta, self.hidden, plan.injected),
-                    *(plan.raw, plan.partials, one, one, plan.flags, *totals, 1.0),
+                    *(plan.raw, plan.partials, one, one, plan.flags, *totals, 1.0, 0, 0),
                 ],
                 **checks,
             ),

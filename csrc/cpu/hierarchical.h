@@ -19,6 +19,7 @@ struct HierarchicalTensor {
   int64_t problem;  // row of the global states
   double lr;
   double weight_decay;
+  uint32_t rounding_key = 0;  // as that of StepTensor
 };
 
 struct HierarchicalOptions {
@@ -28,13 +29,15 @@ struct HierarchicalOptions {
   float grad_scale = 1.0f;
   NonFinite nonfinite = NonFinite::raise;
   int64_t meta_sets = 1;  // rows of the meta-parameters: one for all problems, or one for each
+  bool stochastic_rounding = false;  // of bf16 planes, from `seed`, which each step must change
+  uint64_t seed = 0;
 };
 
 // The two halves of a step, for tensors that are split: between them the caller adds up `sums`
 // (tensors, num_sums) over the parts. No tensor has a count of 0, and gradients are not screened.
 // The first half writes planes, sums and `raw`, the tensors' raw steps end to end.
 void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& config,
-                        const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                        const float* meta, std::vector<HierarchicalTensor>& tensors,
                         const float* global_states, int64_t problems,
                         const HierarchicalOptions& options, const ParallelFor& parallel_for,
                         double* sums, float* raw);

@@ -4,6 +4,7 @@
 #include "aligned_floats.h"
 #include "hierarchical_pass.h"
 #include "nonfinite.h"
+#include "rounding_keys.h"
 
 namespace fastl2o::cpu {
 namespace {
@@ -87,10 +88,11 @@ void step_each_problem(const TileKernels& kernels, const HierarchicalConfig& con
 }  // namespace
 
 void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& config,
-                        const float* meta, const std::vector<HierarchicalTensor>& tensors,
+                        const float* meta, std::vector<HierarchicalTensor>& tensors,
                         const float* global_states, int64_t problems,
                         const HierarchicalOptions& options, const ParallelFor& parallel_for,
                         double* sums, float* raw) {
+  set_rounding_keys(options, tensors);
   StepMemory& memory = step_memory();
   memory.lay_out(tensors, raw);
   const PackedStorage packed(config, meta);
@@ -117,6 +119,7 @@ int64_t hierarchical_step(const TileKernels& kernels, const HierarchicalConfig& 
                           const float* meta, std::vector<HierarchicalTensor>& tensors,
                           float* global_states, int64_t problems,
                           const HierarchicalOptions& options, const ParallelFor& parallel_for) {
+  set_rounding_keys(options, tensors);
   const int64_t bad = screen(options.nonfinite, tensors, parallel_for);
   if (bad >= 0) return bad;
   tensors.erase(std::remove_if(tensors.begin(), tensors.end(),

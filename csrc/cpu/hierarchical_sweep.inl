@@ -57,6 +57,7 @@ struct SweepTile {
   const SweepBlock& block;
   int64_t at;
   int count;
+  uint32_t* bases;  // (lanes), of the coordinates' random bits; filled in by run()
 
   void read_row(int plane, float* to) const {
     const int64_t offset = plane * block.tensor->numel + at;
@@ -76,6 +77,9 @@ struct SweepTile {
       float* to = static_cast<float*>(block.tensor->planes) + offset;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) store(to + v * kWidth, load(from + v * kWidth));
+    } else if (options.stochastic_rounding) {
+      write_rounded(from, count, bases, uint32_t(plane), 0,
+                    static_cast<uint16_t*>(block.tensor->planes) + offset);
     } else {
       write_values(block.tensor->planes, options.planes_dtype, offset, count, from);
     }
@@ -233,6 +237,8 @@ struct SweepTile {
     alignas(64) float grad[lanes], rate[lanes], step[lanes], squared[lanes];
     float *h = rows, *x = rows + size * lanes;
     read_grad(grad);
+    if (!Direct && options.stochastic_rounding)
+      for (int i = 0; i < count; ++i) bases[i] = rounding_base(block.tensor->rounding_key, at + i);
     const FlushDenormals guard;
     for (int k = 0; k < size; ++k) read_row(k, h + k * lanes);
     read_row(config.log_rate_plane(), rate);
@@ -277,6 +283,7 @@ static void sweep_block(const PackedHierarchical& rule, const HierarchicalOption
   constexpr int V = kSweepVectors;
   const int num_sums = rule.config.num_sums();
   alignas(64) float sums[(kMaxUnits + kMaxFeatures + 2) * kWidth];
+  uint32_t bases[kLanes<V>];
   const bool direct = options.planes_dtype == DType::f32;
   for (int k = 0; k < num_sums; ++k) block.sums[k] = 0.0;
   for (int64_t first = block.first; first < block.last; first += kSumSpan) {
@@ -284,12 +291,12 @@ static void sweep_block(const PackedHierarchical& rule, const HierarchicalOption
     __builtin_memset(sums, 0, sizeof(float) * num_sums * kWidth);
     int64_t at = first;
     for (; direct && at + kLanes<V> <= last; at += kLanes<V>)
-      SweepTile<V, true>{rule, options, block, at, kLanes<V>}.run(sums);
+      SweepTile<V, true>{rule, options, block, at, kLanes<V>, bases}.run(sums);
     for (; last - at > kWidth; at += kLanes<V>) {
       const int count = int(last - at < kLanes<V> ? last - at : kLanes<V>);
-      SweepTile<V, false>{rule, options, block, at, count}.run(sums);
+      SweepTile<V, false>{rule, options, block, at, count, bases}.run(sums);
     }
-    if (at < last) SweepTile<1, false>{rule, options, block, at, int(last - at)}.run(sums);
+    if (at < last) SweepTile<1, false>{rule, options, block, at, int(last - at), bases}.run(sums);
     for (int k = 0; k < num_sums; ++k)
       for (int lane = 0; lane < kWidth; ++lane) block.sums[k] += double(sums[k * kWidth + lane]);
   }

@@ -6,6 +6,7 @@
 
 #include "aligned_floats.h"
 #include "nonfinite.h"
+#include "rounding_keys.h"
 #include "tile_kernels.h"
 
 namespace fastl2o::cpu {
@@ -105,9 +106,7 @@ int64_t choose_segment_steps(const TileKernels& kernels, const RuleConfig& confi
 int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
              std::vector<StepTensor>& tensors, const StepOptions& options,
              const ParallelFor& parallel_for) {
-  if (options.stochastic_rounding)
-    for (size_t i = 0; i < tensors.size(); ++i)
-      tensors[i].rounding_key = rounding_key(options.seed, uint32_t(i));
+  set_rounding_keys(options, tensors);
   const int64_t bad = screen(options.nonfinite, tensors, parallel_for);
   if (bad >= 0) return bad;
   if (tensors.empty()) return -1;

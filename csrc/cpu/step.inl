@@ -123,6 +123,16 @@ static void read_state(const StepContext& context, const Segment& part, int firs
                 part.count, to + plane * lanes);
 }
 
+// Values of the coordinates with these bases, half 0 or 1 of a pair, rounded stochastically.
+static void write_rounded(const float* values, int count, const uint32_t* bases, uint32_t pair,
+                          int half, uint16_t* to) {
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = float_to_bits(values[i]);
+    const uint16_t up_or_down = round_finite(bits, rounding_bits(bases[i], pair) >> 16 * half);
+    to[i] = is_finite_bits(bits) ? up_or_down : float_to_bfloat16(values[i]);
+  }
+}
+
 // Planes `first` and `second` of one pair, with the random bits of their coordinates.
 static void write_pair_rounded(const Segment& part, const float* planes, int first, int second,
                                uint32_t pair, const uint32_t* bases) {
@@ -132,11 +142,7 @@ static void write_pair_rounded(const Segment& part, const float* planes, int fir
   uint16_t* to = static_cast<uint16_t*>(part.tensor->state) + part.offset;
   uint16_t* targets[2] = {to + first * numel, to + second * numel};
   for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < part.count; ++i) {
-      const uint32_t bits = float_to_bits(from[half][i]);
-      const uint16_t up_or_down = round_finite(bits, rounding_bits(bases[i], pair) >> 16 * half);
-      targets[half][i] = is_finite_bits(bits) ? up_or_down : float_to_bfloat16(from[half][i]);
-    }
+    write_rounded(from[half], part.count, bases, pair, half, targets[half]);
 }
 
 static void write_state_rounded(const StepContext& context, const Segment& part,

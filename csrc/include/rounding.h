@@ -27,7 +27,9 @@ FASTL2O_BOTH uint32_t rounding_base(uint32_t key, int64_t coordinate) {
 }
 
 // 32 bits for two values of the coordinate: the lower 16 for h or the first moment, the upper ones
-// for c or the second. Pair layer * hidden_size + unit; after the last of these, the moments.
+// for c or the second. Pair layer * hidden_size + unit; after the last of these, the moments. Of
+// the hierarchical rule's state each plane is a pair of its own, of which the lower half is used:
+// its h is computed unit by unit.
 FASTL2O_BOTH uint32_t rounding_bits(uint32_t base, uint32_t pair) {
   return mix_bits(base ^ (pair + 1) * 0x9e3779b9u);
 }

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ..lstm import step_kernels as lstm_kernels
-from ..lstm.step import DTYPES, RAISE, SCAN_BLOCK, SKIP, STATE_DTYPES, chunk_rows, high_low
+from ..lstm.step import (
+    DTYPES,
+    RAISE,
+    SCAN_BLOCK,
+    SKIP,
+    STATE_DTYPES,
+    chunk_rows,
+    high_low,
+    seed_words,
+)
 from . import step_kernels
 from .config import StepConfig, step_config
 
@@ -203,6 +212,7 @@ def step_(
     nonfinite_mode: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding_seed: int | None = None,
 ) -> None:
     """One step of the tensors' problems, in place; shapes have been checked.
 
@@ -217,7 +227,7 @@ def step_(
         problems: the problem of each tensor; empty if there is one.
         meta: flat meta-parameters `(M,)`, float32.
         lr, weight_decay: of each tensor.
-        maximize, nonfinite_mode, grad_scale, found_inf: as for the LSTM rule's step.
+        maximize, nonfinite_mode, grad_scale, found_inf, rounding_seed: as for the LSTM rule's step.
 
     Raises:
         RuntimeError: RAISE, and a gradient holds NaN or Inf.
@@ -260,7 +270,8 @@ def step_(
                     plan.tensors, plan.levels, plan.chunks[begin:], meta, hidden, plan.injected,
                     plan.raw, plan.partials[begin:], scale, found, plan.flags,
                     count, end - begin, programs, config.chunk, -1.0 if maximize else 1.0,
-                    PARAM=DTYPES[dtype], PLANES=state, HAS_SCALE=grad_scale is not None,
+                    *seed_words(rounding_seed or 0), PARAM=DTYPES[dtype], PLANES=state,
+                    HAS_SCALE=grad_scale is not None, STOCHASTIC=rounding_seed is not None,
                     enable_fp_fusion=True, **tiles, **sizes, **flagged,
                 )  # fmt: skip
         step_kernels.tensor_level[(count,)](

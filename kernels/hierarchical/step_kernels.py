@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..lstm.cells import bounded_exp, sigmoid
-from ..lstm.step_kernels import address, left_alone, load_rows
+from ..lstm.step_kernels import address, left_alone, load_rows, rounded, rounding_base
 from . import cells
 
 RMS_EPS = tl.constexpr(1e-16)
@@ -138,17 +138,20 @@ def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexp
     tl.store(out + row, value, row < 3 * P)
 
 
-@triton.jit(do_not_specialize=["tensors_total", "chunks_total", "programs"])
+@triton.jit(
+    do_not_specialize=["tensors_total", "chunks_total", "programs", "seed_low", "seed_high"]
+)
 def sweep(
     tensors, levels, chunks, meta, hidden, injected, raw, partials, grad_scale, found_inf, flags,
-    tensors_total, chunks_total, programs, chunk, sign,
+    tensors_total, chunks_total, programs, chunk, sign, seed_low, seed_high,
     PARAM: tl.constexpr, PLANES: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     S: tl.constexpr, BLOCK: tl.constexpr, TENSORS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, HAS_FLAGS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """New planes, raw steps, and sums of every chunk: new h, features, d^2, new log rate.
 
-    `sign` is -1 to maximize. `injected` is scratch, 3 P numbers a program.
+    `sign` is -1 to maximize. `injected` is scratch, 3 P numbers a program. `seed_low` and
+    `seed_high` are int32; with STOCHASTIC they seed the rounding of the planes.
     """
     F: tl.constexpr = 3 * S
     SUMS: tl.constexpr = P + F + 2
@@ -190,6 +193,9 @@ def sweep(
                 grad = tl.div_rn(grad, tl.load(grad_scale))
                 tl.store(grad_ptr + lanes, grad.to(PARAM), valid)
             grad *= sign
+            base = lanes
+            if STOCHASTIC:
+                base = rounding_base(seed_low, seed_high, tensor, lanes)
             h = load_rows(planes, numel, lanes, valid, P)
             averages = load_rows(planes + P * numel, numel, lanes, valid, S)
             squares = load_rows(planes + (P + S) * numel, numel, lanes, valid, S)
@@ -223,7 +229,7 @@ def sweep(
                 c = gate(candidate + unit * WIDTH, own + 2 * P + unit, x, reset, P, F)
                 h_ptr = planes + unit * numel + lanes
                 new = cells.gru_state(u, c, tl.load(h_ptr, valid, 0.0).to(tl.float32))
-                tl.store(h_ptr, new.to(PLANES), valid)
+                tl.store(h_ptr, rounded(new, base, unit, False, PLANES, STOCHASTIC), valid)
                 d += new * tl.load(meta + cells.offset("direction", P, T, G, S) + unit)
                 eta += new * tl.load(meta + cells.offset("rate", P, T, G, S) + unit)
                 total = tl.sum(tl.where(valid, new, 0.0), 0)
@@ -234,10 +240,13 @@ def sweep(
             tl.store(raw_ptr + lanes, tl.exp(eta + away) * d, valid)
             kept = sigmoid(tl.load(meta + cells.offset("rate_momentum", P, T, G, S)))
             log_rate = eta + kept * (log_rate - eta)
-            tl.store(rate_ptr, log_rate.to(PLANES), valid)
+            stored = rounded(log_rate, base, P + 2 * S, False, PLANES, STOCHASTIC)
+            tl.store(rate_ptr, stored, valid)
             for s in tl.static_range(S):
-                tl.store(planes + (P + s) * numel + lanes, averages[s].to(PLANES), valid)
-                tl.store(planes + (P + S + s) * numel + lanes, squares[s].to(PLANES), valid)
+                stored = rounded(averages[s], base, P + s, False, PLANES, STOCHASTIC)
+                tl.store(planes + (P + s) * numel + lanes, stored, valid)
+                stored = rounded(squares[s], base, P + S + s, False, PLANES, STOCHASTIC)
+                tl.store(planes + (P + S + s) * numel + lanes, stored, valid)
             for k in tl.static_range(F):
                 total = tl.sum(tl.where(valid, x[k], 0.0), 0)
                 sums += tl.where(sum_index == P + k, total, 0.0)
