@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -10,9 +11,23 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastl2o import meta
-from fastl2o.evaluate import Entrant, Setting, check_generalisation, compare, generalise
+from fastl2o.evaluate import (
+    Entrant,
+    Setting,
+    check_generalisation,
+    compare,
+    generalise,
+    threads,
+)
 
 RATE = 0.25
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks: two threads on a busy machine would wait for each other."""
+    with threads(1):
+        yield
 
 
 class MeanRun:
