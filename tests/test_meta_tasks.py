@@ -14,8 +14,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastl2o.meta.tasks import (
     DATA_VARIABLE,
+    Autoencoder,
     BenchmarkFunction,
     Bowl,
+    ConvClassification,
+    DrawnMLP,
     LogObjective,
     MLPClassification,
     Norm,
@@ -273,6 +276,8 @@ def test_mnist_from_path_directory_and_variable(
     by_path = MLPClassification(path)
     assert by_path.dim == 15_910
     assert by_path.config()["data"] == "mnist"
+    for task in (by_path, ConvClassification(path), Autoencoder(path), DrawnMLP(path)):
+        assert task.held_out().images is by_path.images
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     for task in (MLPClassification(tmp_path), MLPClassification("mnist")):
         assert task.images is by_path.images
