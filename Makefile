@@ -34,7 +34,7 @@ demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
 
 test: lint types build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 build: $(OPS_STAMP) $(CORE_STAMP)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -19,7 +20,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastl2o")
 # Cached at its first call: it must hold torch's own functions, not the wrappers made below.
 _device_constructors()
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers side by side take a core each; what they start does too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
