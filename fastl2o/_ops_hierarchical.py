@@ -91,7 +91,7 @@ def step_(
     if meta is None:
         meta = rule.flat_buffer(device, wide)
     else:
-        _check_meta(rule, meta, hidden.shape[0])
+        _check_meta(rule, meta, hidden.shape[0], rounding_seed)
         meta = meta.detach().to(device, wide).contiguous()
     arguments = (
         *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
@@ -270,12 +270,19 @@ def _step_problem(rule: HierarchicalRule, named: Named, number: int, mine: list[
     hidden.copy_(new.hidden)
 
 
-def _check_meta(rule: HierarchicalRule, meta: Tensor, problems: int) -> None:
+def _check_meta(
+    rule: HierarchicalRule, meta: Tensor, problems: int, rounding_seed: int | None
+) -> None:
     size = rule.num_meta_parameters
     if meta.shape not in ((size,), (problems, size)):
         raise ValueError(
             f"meta: expected shape ({size},), or ({problems}, {size}) with a row for each problem, "
             f"got {tuple(meta.shape)}"
+        )
+    if meta.dim() == 2 and rounding_seed is not None:
+        raise ValueError(
+            "meta with a row for each problem takes no rounding_seed: round to nearest, or step "
+            "each problem in a call of its own"
         )
 
 

@@ -56,7 +56,7 @@ def test_auto_takes_cuda_for_the_default_sizes_and_triton_for_others(library: An
 def test_the_step_hands_its_arguments_on_in_the_order_of_the_schema(library: Any) -> None:
     rule = HierarchicalRule()
     named = {argument.name: object() for argument in SCHEMA.arguments}
-    named |= rule.config()
+    named |= {**rule.config(), "meta": torch.zeros(1)}
     gpu.step_("cuda", rule, named)
     (arguments,) = library
     taken = [argument.name for argument in SCHEMA.arguments if argument.name != "rounding_seed"]
