@@ -80,11 +80,7 @@ def step_(
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(
-        functools.partial(gpu.step_refusal, rounding=rounding_seed is not None),
-        rule,
-        params[0].device,
-    )
+    refuses = gpu.objections(gpu.step_refusal, rule, params[0].device)
     chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
     wide = torch.promote_types(dtype, torch.float32)
     device = params[0].device

@@ -25,17 +25,10 @@ _LISTS = ("params", "grads", "planes", "tensor_states", "steps", "lr", "weight_d
 _MAX_TRITON_UNITS = 16
 
 
-def step_refusal(
-    backend: str, rule: HierarchicalRule, device: torch.device, rounding: bool = False
-) -> str:
-    """Why a backend that is present has no step for this rule on this device, "" if it has.
-
-    `rounding`: whether planes are to be rounded stochastically.
-    """
+def step_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
+    """Why a backend that is present has no step for this rule on this device, "" if it has."""
     if backend == "triton" and rule.param_size > _MAX_TRITON_UNITS:
         return f"its kernels take param_size up to {_MAX_TRITON_UNITS}, not {rule.param_size}"
-    if backend == "cuda" and rounding:
-        return "its kernels do not round stochastically ('triton' does)"
     if backend == "cuda" and device.type == "cuda":
         return _cuda_refuses(cuda_sizes(rule), torch.device(device))
     return ""
@@ -76,13 +69,12 @@ def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
             step_(backend, rule, one)
         return
     lists = ("params", "grads", "planes", "tensor_states", "steps", "global_states", "problems")
-    options = ("lr", "weight_decay", "maximize", "nonfinite", "grad_scale", "found_inf")
+    options = ("lr", "weight_decay", "maximize", "nonfinite")
     before = [named[name] for name in (*lists, "meta")]
-    after = [named[name] for name in options]
+    after = [named[name] for name in (*options, "grad_scale", "found_inf", "rounding_seed")]
     if backend == "cuda":
         torch.ops.fastl2o_cuda.hierarchical_step_(*before, *cuda_sizes(rule), *after)
         return
-    after.append(named["rounding_seed"])
     step = import_module("fastl2o.kernels.hierarchical.step")
     step.step_(rule, *before, *after)
 
@@ -101,7 +93,7 @@ def _each_problem(named: Named) -> Iterator[Named]:
 
 def dispatched(
     function: Callable[[str, HierarchicalRule, Named], Any],
-    refusal: Callable[..., str],
+    refusal: Refusal,
     rule_of: Callable[[Named], HierarchicalRule],
     check: Callable[[HierarchicalRule, Named], None],
     default: Callable[[Named], Any],
@@ -110,7 +102,7 @@ def dispatched(
 
     Args:
         function: one of this module.
-        refusal: what backends do not take of it, as `step_refusal`.
+        refusal: what backends do not take of it.
         rule_of: the rule that an op's arguments describe.
         check: raises for lists that do not fit the rule.
         default: the op in plain torch.
@@ -122,8 +114,7 @@ def dispatched(
         floats: list[Tensor] = [named["meta"]]
         if any(tensor.dtype != torch.float32 for tensor in floats):
             unsupported = "its kernels take float32 (planes also bfloat16): convert the tensors"
-        asked = functools.partial(refusal, rounding=named["rounding_seed"] is not None)
-        chosen = backends.choose(device, unsupported, refuses=objections(asked, rule, device))
+        chosen = backends.choose(device, unsupported, refuses=objections(refusal, rule, device))
         if chosen == "reference":
             return default(named)
         check(rule, named)

@@ -16,9 +16,11 @@ from tests.hierarchical_cpu import Problem
 
 SWEEP_THREADS, LEVEL_THREADS, PROBLEM_THREADS = 128, 256, 512
 MOST_LAUNCHES = 8
-SWEEPS = {torch.float32: "sweep_kernelIfE", torch.bfloat16: "sweep_kernelItE"}
+SWEEPS = {torch.float32: "sweep_kernelIfLb0EE", torch.bfloat16: "sweep_kernelItLb0EE"}
+ROUNDING_SWEEP = "sweep_kernelItLb1EE"
 KERNELS = (
     *SWEEPS.values(),
+    ROUNDING_SWEEP,
     *(f"hierarchical_{name}_kernel" for name in ("tensors", "apply", "scan", "send", "problems")),
 )
 
@@ -36,7 +38,7 @@ class _Tensor(ctypes.Structure):
 
 class _Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("maximize", "nonfinite")] + [
-        (name, ctypes.c_uint64) for name in ("grad_scale", "found_inf", "flags")
+        (name, ctypes.c_uint64) for name in ("grad_scale", "found_inf", "flags", "seed")
     ]
 
 
@@ -137,6 +139,7 @@ def step_(
     nonfinite: int = 0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding_seed: int | None = None,
     grid: int = 2,
     architecture: int = 80,
     **options: Any,
@@ -155,6 +158,7 @@ def step_(
             cuda_step.address(grad_scale),
             cuda_step.address(found_inf),
             cuda_step.address(flags),
+            (rounding_seed or 0) & 0xFFFFFFFFFFFFFFFF,
         ),
     )
     rows = problem.hidden.shape[0]
@@ -174,7 +178,8 @@ def step_(
             launch("hierarchical_scan_kernel", grid, LEVEL_THREADS, args, flags, flags[count:])
         if made.listed:
             launch("hierarchical_problems_kernel", rows, PROBLEM_THREADS, args)
-        launch(SWEEPS[problem.planes[0].dtype], grid, SWEEP_THREADS, args)
+        sweep = SWEEPS[problem.planes[0].dtype] if rounding_seed is None else ROUNDING_SWEEP
+        launch(sweep, grid, SWEEP_THREADS, args)
         launch("hierarchical_tensors_kernel", grid, LEVEL_THREADS, args)
         launch("hierarchical_apply_kernel", rows + grid, LEVEL_THREADS, args)
     cuda_step.emulator().free_all()

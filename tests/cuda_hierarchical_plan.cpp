@@ -27,7 +27,7 @@ void keep_last_chunk(char* out) {
 
 struct Options {
   int64_t maximize, nonfinite;
-  uint64_t grad_scale, found_inf, flags;
+  uint64_t grad_scale, found_inf, flags, seed;
 };
 
 // The arguments of all kernels into `out`, then those of each launch that fills the list; their
@@ -37,6 +37,7 @@ int plan(const cuda::HierarchicalTensor* tensors, int64_t count, int64_t problem
          char* out, int64_t* sizes) {
   cuda::HierarchicalOptions given;
   given.maximize = options->maximize != 0;
+  given.seed = options->seed;
   given.nonfinite = int(options->nonfinite);
   given.grad_scale = reinterpret_cast<const float*>(options->grad_scale);
   given.found_inf = reinterpret_cast<const float*>(options->found_inf);

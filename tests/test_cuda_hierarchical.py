@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastl2o import _rounding
 from fastl2o.rules.hierarchical import ProblemState
 from tests import common, cuda_hierarchical, cuda_step
-from tests.cuda_hierarchical import Result, host, step_
+from tests.cuda_hierarchical import SWEEPS, Result, host, step_
 from tests.hierarchical_cpu import Problem, assert_stepped, make_rule, same_bits
 
 pytestmark = pytest.mark.skipif(
@@ -95,6 +96,27 @@ def test_every_type_of_parameter_and_planes(planes: torch.dtype, architecture: i
         lr=0.5,
         weight_decay=0.1,
     )
+
+
+@pytest.mark.parametrize("architecture", [75, 80])
+def test_stochastic_rounding_draws_the_bits_of_the_reference(architecture: int) -> None:
+    # An empty and a skipped tensor do not move the places of those behind them.
+    rule, seed = make_rule(), -(2**62) + 12345
+    before = Problem.make(rule, ((0,), (3,), (700,), (65,)), planes=torch.bfloat16)
+    before.grads[1][0] = torch.nan
+    after, plain = before.clone(), before.clone()
+    step_(rule, after, nonfinite=1, rounding_seed=seed, architecture=architecture)
+    step_(rule, plain, nonfinite=1, architecture=architecture)
+    with torch.no_grad():
+        grads = [None if i == 1 else grad for i, grad in enumerate(in_double(before))]
+        _, exact = rule.reference_step(grads, before.problem_state())
+    for i in (2, 3):
+        expected = _rounding.round_planes(exact.planes[i].float(), seed, i)
+        # A last bit of the float32 value decides only where the draw lies next to it.
+        assert float((after.planes[i] != expected).double().mean()) <= 2e-3
+        assert not torch.equal(after.planes[i], plain.planes[i])
+        assert same_bits([after.params[i], after.states[i]], [plain.params[i], plain.states[i]])
+    assert torch.equal(after.hidden, plain.hidden)
 
 
 def test_a_float64_parameter_is_not_rounded_on_the_way() -> None:
@@ -307,7 +329,7 @@ def first_fault(numel: int, grad_shift: int, planes_shift: int) -> int:
     host().keep_last_chunk(last)
     emulator = cuda_step.emulator()
     with pytest.raises(emulator.errors.MemoryFault) as fault:
-        cuda_hierarchical.module().launch("sweep_kernelIfE", grid=1, block=32, args=[last.raw])
+        cuda_hierarchical.module().launch(SWEEPS[torch.float32], grid=1, block=32, args=[last.raw])
     emulator.free_all()
     found = re.search(r"at address 0x([0-9a-f]+)", str(fault.value))
     assert found is not None

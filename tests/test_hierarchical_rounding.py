@@ -11,7 +11,6 @@ from torch import Tensor
 
 import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer, _rounding
-from fastl2o import _ops_hierarchical_gpu as gpu
 from fastl2o import _ops_hierarchical_parts as parts
 from tests.common import over_backends
 from tests.optimizers import assert_same_bits, run_steps
@@ -250,12 +249,6 @@ def test_attention_takes_parameters_back_by_what_is_stored() -> None:
         results.append(everything(optimizer)[:2])
     # The points ahead were rounded at random, not the parameters.
     torch.testing.assert_close(*results)
-
-
-def test_cuda_kernels_leave_it_to_triton() -> None:
-    rule, device = HierarchicalRule(), torch.device("cpu")
-    assert "do not round stochastically" in gpu.step_refusal("cuda", rule, device, rounding=True)
-    assert gpu.step_refusal("triton", rule, device, rounding=True) == ""
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,9 @@ int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* gl
     launch(hierarchical_scan_kernel, launch.grid(units, kApplyBlocks), kLevelThreads, args,
            options.nonfinite_flags, options.nonfinite_flags + count);
   if (plan.listed()) launch(hierarchical_problems_kernel, problems, kProblemThreads, args);
-  const auto sweep = options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float>
-                                                        : hierarchical_sweep_kernel<bf16>;
+  const auto sweep = options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float, false>
+                     : options.stochastic_rounding      ? hierarchical_sweep_kernel<bf16, true>
+                                                        : hierarchical_sweep_kernel<bf16, false>;
   int blocks = 1;
   if (launch.ok())
     launch.note(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, sweep, kSweepThreads, 0));

@@ -31,6 +31,8 @@ struct HierarchicalOptions {
   const float* found_inf = nullptr;
   // As StepOptions::nonfinite_flags.
   int* nonfinite_flags = nullptr;
+  bool stochastic_rounding = false;  // of bf16 planes, from `seed`, which each step must change
+  uint64_t seed = 0;
 };
 
 // Whether the CUDA kernels take these sizes; Triton takes the others.

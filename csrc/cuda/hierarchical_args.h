@@ -58,8 +58,9 @@ struct HierarchicalArgs {
   float* global_states;
   const float* grad_scale;
   const float* found_inf;
-  int* flags;  // of the caller's tensors: the gradient holds NaN or Inf; or null
-  int* any;    // whether one of them is set; then all are left alone. Or null
+  int* flags;     // of the caller's tensors: the gradient holds NaN or Inf; or null
+  int* any;       // whether one of them is set; then all are left alone. Or null
+  uint64_t seed;  // of stochastic rounding
   // The workspace.
   float* raw;               // steps before they are normalised
   float* sums;              // (chunks, kSums)

@@ -89,7 +89,7 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
                         int64_t tensor_size, int64_t global_size, int64_t num_scales,
                         std::vector<double> lr, std::vector<double> weight_decay, bool maximize,
                         int64_t nonfinite, std::optional<Tensor> grad_scale,
-                        std::optional<Tensor> found_inf) {
+                        std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
   const HierarchicalConfig config = make_config(param_size, tensor_size, global_size, num_scales);
   const size_t count = params.size();
   STD_TORCH_CHECK(grads.size() == count && planes.size() == count &&
@@ -112,6 +112,10 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
   options.maximize = maximize;
   options.nonfinite = int(nonfinite);
   options.planes_dtype = fastl2o::dtype_of(planes[0].scalar_type(), "planes");
+  STD_TORCH_CHECK(!rounding_seed.has_value() || options.planes_dtype == fastl2o::DType::bf16,
+                  "stochastic rounding is of bfloat16 planes");
+  options.stochastic_rounding = rounding_seed.has_value();
+  options.seed = uint64_t(rounding_seed.value_or(0));
   options.grad_scale = device_scalar(call, grad_scale, "grad_scale");
   options.found_inf = device_scalar(call, found_inf, "found_inf");
   std::optional<Tensor> flags;
@@ -144,7 +148,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastl2o_cuda, m) {
       "Tensor(d!)[] tensor_states, Tensor(e!)[] steps, Tensor(f!) global_states, int[] problems, "
       "Tensor meta, " FASTL2O_SIZES
       ", float[] lr, float[] weight_decay, bool maximize, int nonfinite, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> ()");
+      "Tensor? found_inf=None, int? rounding_seed=None) -> ()");
   m.def("hierarchical_supported(" FASTL2O_SIZES ") -> bool");
 }
 

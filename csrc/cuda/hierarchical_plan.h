@@ -60,6 +60,7 @@ class HierarchicalPlan {
     args.global_states = global_states;
     args.grad_scale = options.grad_scale;
     args.found_inf = options.found_inf;
+    args.seed = options.seed;
     if (options.nonfinite == kSkip) args.flags = options.nonfinite_flags;
     if (options.nonfinite == kRaise) args.any = options.nonfinite_flags + count_;
     const auto at = [&](int64_t offset) {

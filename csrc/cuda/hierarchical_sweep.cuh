@@ -71,8 +71,8 @@ __device__ __forceinline__ float mixed(float share, float old_value, float new_v
   return fmaf(share, old_value, (1.0f - share) * new_value);
 }
 
-// Coordinates of a tile, kPer a lane.
-template <typename State>
+// Coordinates of a tile, kPer a lane. Stochastic: planes in bf16 are rounded so.
+template <typename State, bool Stochastic>
 struct SweepTile {
   const HierarchicalArgs& args;
   const SweepShared& shared;
@@ -84,6 +84,7 @@ struct SweepTile {
   float* raw;         // as `planes`
   int64_t numel, at;  // the lane's first coordinate
   int count;          // of the chunk's coordinates from there on; may be negative
+  uint32_t bases[Stochastic ? kPer : 1];  // of the coordinates' random bits
 
   __device__ __forceinline__ SweepTile(const HierarchicalArgs& args_,
                                        const HierarchicalEntry& entry, SweepShared& shared_,
@@ -98,21 +99,31 @@ struct SweepTile {
         raw(args_.raw + kRawUnit * int64_t(entry.first_raw) + at_),
         numel(entry.numel),
         at(at_),
-        count(count_) {}
+        count(count_) {
+    if constexpr (Stochastic) {
+      const uint32_t key = rounding_key(args.seed, entry.index);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) bases[j] = rounding_base(key, at + 32 * j);
+    }
+  }
 
   __device__ __forceinline__ bool inside(int j) const { return 32 * j < count; }
 
   __device__ __forceinline__ State* plane(int number) const { return planes + number * numel; }
-  // Reads or writes the coordinates of a plane and moves on to the next one.
+  // Reads or writes the coordinates of a plane, of which the written one's number decides the
+  // random bits, and moves on to the next one.
   __device__ __forceinline__ void read(State*& from, Values& out) const {
 #pragma unroll
     for (int j = 0; j < kPer; ++j) out[j] = inside(j) ? to_float(from[32 * j]) : 0.0f;
     from += numel;
   }
-  __device__ __forceinline__ void write(State*& to, const Values& in) const {
+  __device__ __forceinline__ void write(State*& to, int number, const Values& in) const {
 #pragma unroll
-    for (int j = 0; j < kPer; ++j)
-      if (inside(j)) store_one(to, 32 * j, in[j], false, 0);
+    for (int j = 0; j < kPer; ++j) {
+      uint32_t random = 0;
+      if constexpr (Stochastic) random = rounding_bits(bases[j], uint32_t(number)) & 0xffffu;
+      if (inside(j)) store_one(to, 32 * j, in[j], Stochastic, random);
+    }
     // Computed anew rather than held in registers since the plane was read.
     asm volatile("" : "+l"(to));
     to = in_global_memory(to) + numel;
@@ -190,8 +201,8 @@ struct SweepTile {
         mean[j] += logs[s][j];
         if (s + 1 < kScales) average_decay[j] = root_accurate(average_decay[j]);
       }
-      write(average_plane, average);
-      write(square_plane, square);
+      write(average_plane, kAverages + s, average);
+      write(square_plane, kSquares + s, square);
     }
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
@@ -283,7 +294,7 @@ struct SweepTile {
         d[j] = fmaf(last.z, next[j], d[j]);
         eta[j] = fmaf(last.w, next[j], eta[j]);
       }
-      write(to, next);
+      write(to, k, next);
       add(k, next);
     }
 
@@ -296,7 +307,7 @@ struct SweepTile {
       squared[j] = d[j] * d[j];
     }
     to = plane(kLogRate);
-    write(to, rate);
+    write(to, kLogRate, rate);
     add(kUnits + kInputs, squared);
     add(kUnits + kInputs + 1, rate);
   }
@@ -329,7 +340,7 @@ __device__ __forceinline__ void load_biases(const HierarchicalArgs& args, int& h
   __syncwarp();
 }
 
-template <typename State>
+template <typename State, bool Stochastic>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
     hierarchical_sweep_kernel(const __grid_constant__ HierarchicalArgs args) {
   __shared__ __align__(16) SweepShared shared;
@@ -351,7 +362,8 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
       for (int row = 0; row < kSums; ++row) sums[row][lane] = 0.0f;
       for (int tile = start; tile < min(start + kSumTiles * kSweepTile, span.size);
            tile += kSweepTile)
-        SweepTile<State>(args, entry, shared, span.first + tile + lane, span.size - tile - lane)
+        SweepTile<State, Stochastic>(args, entry, shared, span.first + tile + lane,
+                                     span.size - tile - lane)
             .run();
       __syncwarp();
       if (lane < kSums) shared.totals[warp][lane] += add_row(sums[lane]);
