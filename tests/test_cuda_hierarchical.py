@@ -98,25 +98,21 @@ def test_every_type_of_parameter_and_planes(planes: torch.dtype, architecture: i
     )
 
 
-@pytest.mark.parametrize("architecture", [75, 80])
-def test_stochastic_rounding_draws_the_bits_of_the_reference(architecture: int) -> None:
+def test_stochastic_rounding_draws_the_bits_of_the_reference() -> None:
     # An empty and a skipped tensor do not move the places of those behind them.
     rule, seed = make_rule(), -(2**62) + 12345
-    before = Problem.make(rule, ((0,), (3,), (700,), (65,)), planes=torch.bfloat16)
+    before = Problem.make(rule, ((0,), (3,), (700,)), planes=torch.bfloat16)
     before.grads[1][0] = torch.nan
     after, plain = before.clone(), before.clone()
-    step_(rule, after, nonfinite=1, rounding_seed=seed, architecture=architecture)
-    step_(rule, plain, nonfinite=1, architecture=architecture)
+    step_(rule, after, nonfinite=1, rounding_seed=seed)
+    step_(rule, plain, nonfinite=1)
     with torch.no_grad():
-        grads = [None if i == 1 else grad for i, grad in enumerate(in_double(before))]
+        grads = [before.grads[0].double(), None, before.grads[2].double()]
         _, exact = rule.reference_step(grads, before.problem_state())
-    for i in (2, 3):
-        expected = _rounding.round_planes(exact.planes[i].float(), seed, i)
-        # A last bit of the float32 value decides only where the draw lies next to it.
-        assert float((after.planes[i] != expected).double().mean()) <= 2e-3
-        assert not torch.equal(after.planes[i], plain.planes[i])
-        assert same_bits([after.params[i], after.states[i]], [plain.params[i], plain.states[i]])
-    assert torch.equal(after.hidden, plain.hidden)
+    expected = _rounding.round_planes(exact.planes[2].float(), seed, 2)
+    # A last bit of the float32 value decides only where the draw lies next to it.
+    assert float((after.planes[2] != expected).double().mean()) <= 2e-3
+    assert same_bits(after.params + after.states, plain.params + plain.states)
 
 
 def test_a_float64_parameter_is_not_rounded_on_the_way() -> None:
@@ -165,9 +161,8 @@ def test_problems_of_one_call_do_not_see_each_other(tensors: int) -> None:
     result = step_(rule, everything, problems=problems, lr=lr)
     listed = len([shape for shape in shapes * 3 if shape != (0,)]) > host().table_size()
     assert listed == (tensors == 24)
-    assert len(result.launches) == 3 + (
-        3 if listed else 0
-    )  # two for the list, one for the problems
+    # Two more for the list, one for the problems.
+    assert len(result.launches) == 3 + (3 if listed else 0)
     for part, problem in enumerate(before):
         after[part].hidden = everything.hidden[part : part + 1]
         for i in range(tensors):  # so that one rate serves the comparison
