@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests import test_contract, test_contract_state, test_optim_differentiable, test_optim_errors
+from tests import (
+    test_contract,
+    test_contract_state,
+    test_hierarchical_differentiable,
+    test_optim_differentiable,
+    test_optim_errors,
+)
 from tests.optimizers import MIRRORED
 
 # Of pytorch's test/test_optim.py (TestOptimRenewed) and test/optim/test_optim.py, without test_.
@@ -58,7 +64,10 @@ EXEMPT = {
 
 
 def test_every_torch_test_is_mirrored_or_exempt_with_a_reason() -> None:
-    modules = (test_contract, test_contract_state, test_optim_errors, test_optim_differentiable)
+    modules = (
+        *(test_contract, test_contract_state, test_optim_errors),
+        *(test_optim_differentiable, test_hierarchical_differentiable),
+    )
     for tests in MIRRORED.values():  # noted when the modules were imported
         assert all(any(hasattr(module, name) for module in modules) for name in tests)
     assert not set(EXEMPT) & set(MIRRORED)
