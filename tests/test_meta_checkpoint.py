@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -21,6 +23,8 @@ from fastl2o.meta.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
     CheckpointError,
+    CheckpointWriter,
+    has_checkpoint,
     load_checkpoint,
 )
 from tests import meta_child
@@ -174,3 +178,30 @@ def test_resume_loads_ahead_of_fit(tmp_path: Path) -> None:
     trainer.resume()
     assert trainer.outer_step == 2
     assert trainer.fit(3).outer_steps == 3
+
+
+def test_training_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, fsync = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert written.wait(timeout=60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    content = {"numbers": torch.zeros(3)}
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(content)
+        content["numbers"].fill_(1)  # what is saved is what was there
+        assert not has_checkpoint(tmp_path)
+        written.set()
+        writer.wait()
+        assert numbers(load_checkpoint(tmp_path)) == [0, 0, 0]
+        writer.save(content)
+    assert numbers(load_checkpoint(tmp_path)) == [1, 1, 1]
+
+
+def numbers(saved: dict[str, Any] | None) -> list[float]:
+    assert saved is not None
+    return saved["numbers"].tolist()

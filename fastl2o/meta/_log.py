@@ -6,14 +6,14 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._figure import new_figure
 from ._checks import check_choice
 from ._curves import draw_training
 from .checkpoint import CheckpointError
 
-__all__ = ["LOG", "LOGS", "TrainingLog"]
+__all__ = ["LOG", "LOGS", "FitResult", "TrainingLog"]
 
 LOG, CURVES = "log.csv", "curves.png"
 LOGS = ("tensorboard", "curves")
@@ -34,6 +34,19 @@ _COLUMNS = (
     "inner_steps",
     "seconds",
 )
+
+
+class FitResult(NamedTuple):
+    """What ``MetaTrainer.fit`` did."""
+
+    outer_steps: int  # meta-updates done since the start of training, skipped ones included
+    best_step: int | None  # outer step of the best validation so far; None if there was none
+    best_score: float  # its score; infinity if there was none
+    last_score: float  # score of the last validation
+    meta_loss: float  # meta-loss of the last window
+    skipped: int  # updates skipped for non-finite losses or gradients
+    inner_steps: int  # of all runs since the start of training
+    seconds: float  # wall time of this call
 
 
 class TrainingLog:

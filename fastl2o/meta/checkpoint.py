@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ __all__ = [
     "CHECKPOINT",
     "PREVIOUS",
     "CheckpointError",
+    "CheckpointWriter",
     "has_checkpoint",
     "load_checkpoint",
-    "save_checkpoint",
 ]
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -29,21 +30,62 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which one is still usable."""
 
 
-def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
-    """Write ``content`` as the newest checkpoint.
-
-    ``content`` holds tensors, numbers, text, lists and dictionaries of them.
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, so that training does not wait for the disk.
 
     The bytes go to a temporary file that is flushed to the disk and then renamed; the checkpoint
     that was there becomes the previous one. At every moment one of the two names holds a whole
     file.
 
-    Raises:
-        CheckpointError: if the file cannot be written, say on a full disk; older checkpoints are as
-            they were.
+    Args:
+        directory: where they go.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with CheckpointWriter(Path(folder)) as writer:
+        ...         writer.save({"step": 3})
+        ...     load_checkpoint(Path(folder))["step"]
+        3
     """
-    buffer = io.BytesIO()
-    torch.save({"version": _VERSION, **content}, buffer)
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Begin to write ``content``, taken as it is now, as the newest checkpoint.
+
+        ``content`` holds tensors, numbers, text, lists and dictionaries of them. Waits for the
+        checkpoint before to be written.
+
+        Raises:
+            CheckpointError: if that one could not be written, say on a full disk; older ones are as
+                they were.
+        """
+        buffer = io.BytesIO()
+        torch.save({"version": _VERSION, **content}, buffer)
+        self.wait()
+        self._pending = self._thread.submit(_write, self.directory, buffer)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the disk; raises as ``save`` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def _write(directory: Path, buffer: io.BytesIO) -> None:
     current, previous = directory / CHECKPOINT, directory / PREVIOUS
     # One name for all: what a kill leaves behind is overwritten by the next save.
     temporary = directory / f"{CHECKPOINT}.tmp"
@@ -69,7 +111,6 @@ def save_checkpoint(directory: Path, content: dict[str, Any]) -> Path:
             f"could not write the checkpoint {str(current)!r}: {error}; {usable}. "
             "Free some space (or choose another checkpoint_dir) and run the training again"
         ) from error
-    return current
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,8 +7,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ from ._groups import (
     check_tasks,
     check_weights,
 )
-from ._log import TrainingLog
+from ._log import FitResult, TrainingLog
 from ._outer import OuterUpdate, SignalToNoise
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, CheckpointWriter, load_checkpoint
 from .distributed import Ranks
 from .estimators import Estimator, TruncatedBPTT
 from .imitation import Imitation
@@ -43,19 +44,6 @@ _COUNTERS = (
 )
 # So many skipped updates in a row mean that the rule, not one unlucky run, is broken.
 _MAX_SKIPPED_IN_A_ROW = 100
-
-
-class FitResult(NamedTuple):
-    """What ``MetaTrainer.fit`` did."""
-
-    outer_steps: int  # meta-updates done since the start of training, skipped ones included
-    best_step: int | None  # outer step of the best validation so far; None if there was none
-    best_score: float  # its score; infinity if there was none
-    last_score: float  # score of the last validation
-    meta_loss: float  # meta-loss of the last window
-    skipped: int  # updates skipped for non-finite losses or gradients
-    inner_steps: int  # of all runs since the start of training
-    seconds: float  # wall time of this call
 
 
 class MetaTrainer:
@@ -187,6 +175,7 @@ class MetaTrainer:
             *(imitation, self._dtype),
         )
         self._groups = Groups(self._starter, count, seed, divergence, self._ranks)
+        self._writer: CheckpointWriter | None = None
         self._log = TrainingLog(self.checkpoint_dir if self._ranks.main else None, logs)
         self.outer_step, self.inner_steps, self.skipped, self._skipped_in_a_row = 0, 0, 0, 0
         self.best_score, self.last_score = math.inf, math.inf
@@ -223,13 +212,19 @@ class MetaTrainer:
         begun = time.perf_counter()
         self.resume()
         meta_loss, before = math.nan, self.inner_steps
-        with tqdm(
-            total=max(outer_steps, self.outer_step),
-            initial=self.outer_step,
-            unit="step",
-            desc="meta-training",
-            disable=None if self.progress is None else not self.progress,
-        ) as bar:
+        writer: AbstractContextManager[object] = nullcontext()
+        if self.checkpoint_dir is not None and self._ranks.main:
+            writer = self._writer = CheckpointWriter(self.checkpoint_dir)
+        with (
+            writer,
+            tqdm(
+                total=max(outer_steps, self.outer_step),
+                initial=self.outer_step,
+                unit="step",
+                desc="meta-training",
+                disable=None if self.progress is None else not self.progress,
+            ) as bar,
+        ):
             while self.outer_step < outer_steps:
                 meta_loss = self._outer_step(outer_steps, begun)
                 last = self.last_score if math.isfinite(self.last_score) else None
@@ -268,8 +263,8 @@ class MetaTrainer:
         broken = self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW
         if self.checkpoint_dir is not None and (due or broken):
             state = self.state_dict()
-            if self._ranks.main:
-                save_checkpoint(self.checkpoint_dir, state)
+            if self._writer is not None:
+                self._writer.save(state)
                 self._log.refresh()
         if broken:
             raise RuntimeError(
