@@ -99,6 +99,29 @@ def product(weights, vector, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: 
 
 
 @triton.jit
+def transposed(weights, vector, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               PADDED_ROWS: tl.constexpr, PADDED_COLUMNS: tl.constexpr):  # fmt: skip
+    """The transpose of a matrix (ROWS, COLUMNS) times a padded vector: `(PADDED_COLUMNS,)`."""
+    row = tl.arange(0, PADDED_ROWS)[:, None]
+    column = tl.arange(0, PADDED_COLUMNS)[None, :]
+    mask = (row < ROWS) & (column < COLUMNS)
+    matrix = tl.load(weights + row * COLUMNS + column, mask, 0.0)
+    return tl.sum(matrix * vector[:, None], 0)
+
+
+@triton.jit
+def affine_gradient(d_weights, d_bias, d, vector, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    PADDED_ROWS: tl.constexpr, PADDED_COLUMNS: tl.constexpr):  # fmt: skip
+    """Add d vector^T and d to the gradients of a matrix (ROWS, COLUMNS) and of a bias."""
+    row = tl.arange(0, PADDED_ROWS)
+    column = tl.arange(0, PADDED_COLUMNS)[None, :]
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)
+    at = d_weights + row[:, None] * COLUMNS + column
+    tl.store(at, tl.load(at, mask, 0.0) + d[:, None] * vector[None, :], mask)
+    tl.store(d_bias + row, tl.load(d_bias + row, row < ROWS, 0.0) + d, row < ROWS)
+
+
+@triton.jit
 def affine(weights, bias, vector, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
            PADDED_ROWS: tl.constexpr, PADDED_COLUMNS: tl.constexpr):  # fmt: skip
     """A matrix (ROWS, COLUMNS) times a padded vector, plus a bias."""
@@ -124,3 +147,87 @@ def gru(gates, gates_bias, candidate, candidate_bias, x, h, injected_r, injected
     c += product(candidate + INPUTS, reset, H, H, WIDTH, PADDED_H, PADDED_H)
     c += load_vector(candidate_bias, H, PADDED_H) + injected_c
     return gru_state(u, c, h)
+
+
+@triton.jit
+def gate_derivatives(update, candidate, h, d):
+    """Gradients of u's and c's preactivations and of h, where h' = u h + (1 - u) c, dL/dh' = d.
+
+    s (1 - s) = e^-a s^2, which does not cancel where s is near 1.
+    """
+    e = bounded_exp(-update)
+    u = 1.0 / (1.0 + e)
+    numerator, denominator = tanh_fraction(candidate)
+    c = numerator / denominator
+    return d * (h - c) * (e * u * u), d * (e * u) * (1.0 - c * c), d * u
+
+
+@triton.jit
+def reset_derivatives(reset, h, d):
+    """Of r h with gradient d: the gradient of the preactivation of r, and of h."""
+    e = bounded_exp(-reset)
+    r = 1.0 / (1.0 + e)
+    return d * h * (e * r * r), d * r
+
+
+@triton.jit(noinline=True)
+def gru_backward(weights, d_weights, write, xh, injected, d_next, d_xh, d_bias, inputs, hidden,
+                 PADDED_H: tl.constexpr, PADDED_WIDTH: tl.constexpr):  # fmt: skip
+    """A GRU of one vector backwards, activations recomputed; all vectors are in memory.
+
+    The weights are the gates' (2 hidden, inputs + hidden), their bias, the candidate's, its bias;
+    their gradients are added to `d_weights`, laid out alike, if `write`, 1 or 0.
+
+    `xh` is [x, h], `injected` (3 hidden,) is added to the biases, `d_next` (hidden,) is dL/dh'.
+    `d_xh` and `d_bias` get the gradients of [x, h] and of the preactivations (3 hidden,).
+    """
+    width = inputs + hidden
+    unit = tl.arange(0, PADDED_H)
+    column = tl.arange(0, PADDED_WIDTH)
+    valid = unit < hidden
+    mask = valid[:, None] & (column < width)[None, :]
+    written = (unit < hidden * write)[:, None] & (column < width)[None, :]
+    at = unit[:, None] * width + column[None, :]
+    bias, candidate = 2 * hidden * width, 2 * hidden * (width + 1)
+    of_r, of_u = tl.load(weights + at, mask, 0.0), tl.load(weights + hidden * width + at, mask, 0.0)
+    of_c = tl.load(weights + candidate + at, mask, 0.0)
+    both = tl.load(xh + column, column < width, 0.0)
+    h = tl.load(xh + inputs + unit, valid, 0.0)
+    d = tl.load(d_next + unit, valid, 0.0)
+    biases, own = weights + bias + unit, injected + unit
+    r = tl.sum(of_r * both[None, :], 1)
+    r += tl.load(biases, valid, 0.0) + tl.load(own, valid, 0.0)
+    u = tl.sum(of_u * both[None, :], 1)
+    u += tl.load(biases + hidden, valid, 0.0) + tl.load(own + hidden, valid, 0.0)
+    # r h and its gradient change from rows to columns and back through memory.
+    tl.store(d_xh + inputs + unit, h / (1.0 + bounded_exp(-r)), valid)
+    tl.debug_barrier()
+    of_reset = column >= inputs
+    reset = tl.load(d_xh + column, of_reset & (column < width), 0.0)
+    reset = tl.where(of_reset, reset, both)
+    c = tl.sum(of_c * reset[None, :], 1)
+    c += tl.load(weights + candidate + hidden * width + unit, valid, 0.0)
+    c += tl.load(own + 2 * hidden, valid, 0.0)
+    d_u, d_c, through = gate_derivatives(u, c, h, d)
+    d_both = tl.sum(of_c * d_c[:, None], 0)
+    tl.debug_barrier()
+    tl.store(d_xh + column, d_both, column < width)
+    tl.debug_barrier()
+    d_r, d_h = reset_derivatives(r, h, tl.load(d_xh + inputs + unit, valid, 0.0))
+    tl.debug_barrier()
+    tl.store(d_xh + inputs + unit, d_h + through, valid)
+    tl.debug_barrier()
+    d_both = tl.where(of_reset, tl.load(d_xh + column, column < width, 0.0), d_both)
+    d_both += tl.sum(of_r * d_r[:, None], 0) + tl.sum(of_u * d_u[:, None], 0)
+    tl.debug_barrier()
+    tl.store(d_xh + column, d_both, column < width)
+    for part in tl.static_range(3):
+        d_gate = d_r if part == 0 else (d_u if part == 1 else d_c)
+        matrix = d_weights + at + (candidate if part == 2 else part * hidden * width)
+        right = reset if part == 2 else both
+        new = tl.load(matrix, written, 0.0) + d_gate[:, None] * right[None, :]
+        tl.store(matrix, new, written)
+        vector = d_weights + unit + bias + part * hidden + (hidden * width if part == 2 else 0)
+        new = tl.load(vector, unit < hidden * write, 0.0) + d_gate
+        tl.store(vector, new, unit < hidden * write)
+        tl.store(d_bias + part * hidden + unit, d_gate, valid)

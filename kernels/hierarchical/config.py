@@ -1,7 +1,8 @@
-"""Launch parameters of the hierarchical rule's step: a pure function of the problem."""
+"""Launch parameters of the hierarchical rule's step and window: pure functions of the problem."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Programs of a sweep: a few for each multiprocessor of the largest devices. Each reads the tensors'
@@ -45,3 +46,40 @@ def step_config(coordinates: int) -> StepConfig:
     while coordinates > chunk * MAX_CHUNKS and chunk < block * MAX_TILES:
         chunk *= 2
     return StepConfig(chunk=chunk)
+
+
+# Bytes of states that are recorded at once; beyond, segments of about sqrt(T) steps.
+RECORD_BYTES = 1 << 31
+# Programs of the backward sweep, each with a scratch and a partial sum of the parameter level's
+# meta-gradient.
+MAX_SWEEP_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Launch parameters of the window backward.
+
+    Attributes:
+        block: coordinates of a tile of the backward sweep; its programs are one warp.
+        programs: limit on programs of the backward sweep.
+        segment: steps whose states are recorded at once.
+        segments: how many of these make up the window.
+    """
+
+    block: int
+    programs: int
+    segment: int
+    segments: int
+
+
+def window_config(coordinates: int, row: int, steps: int) -> WindowConfig:
+    """The parameters for `coordinates` in all, whose state takes `row` numbers, and `steps` steps.
+
+    Two coordinates a thread share the loads of weights where that leaves every program a tile. The
+    states of all steps are recorded unless they take more than RECORD_BYTES; then of
+    sqrt(T) steps at a time, replayed from as many states between.
+    """
+    block = 64 if coordinates > MAX_SWEEP_PROGRAMS * 32 else 32
+    whole = 4 * row * (steps + 1) <= RECORD_BYTES
+    segment = steps if whole else max(1, math.isqrt(max(0, steps - 1)) + 1)
+    return WindowConfig(block, MAX_SWEEP_PROGRAMS, segment, -(-steps // max(1, segment)))

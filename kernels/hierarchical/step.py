@@ -81,10 +81,19 @@ _captured: list[Plan] = []
 _lock = threading.Lock()
 
 
-def _make_plan(
+def make_plan(
     rule: Any, rows: Sequence[tuple[int, ...]], levels: Sequence[tuple[int, int]],
     dtypes: Sequence[torch.dtype], device: torch.device,
 ) -> Plan:  # fmt: skip
+    """Tables and working memory.
+
+    Args:
+        rule: the rule; only its sizes are read.
+        rows: of each tensor, addresses of param, grad, planes and counter; coordinates.
+        levels: of each tensor, address of its state; its problem.
+        dtypes: of the parameters.
+        device: where the tables are to lie.
+    """
     numels = [row[-1] for row in rows]
     config = step_config(sum(numels))
     chunks: list[tuple[int, int]] = []
@@ -148,7 +157,7 @@ def plan_of(
     with _lock:
         plan = _plans.get(key)
         if plan is None:
-            plan = _plans[key] = _make_plan(rule, rows, levels, dtypes, device)
+            plan = _plans[key] = make_plan(rule, rows, levels, dtypes, device)
             if len(_plans) > MAX_PLANS:
                 _plans.popitem(last=False)
         _plans.move_to_end(key)

@@ -257,6 +257,23 @@ def sweep(
         tl.store(partials + number * SUMS + sum_index, sums, sum_index < SUMS)
 
 
+@triton.jit
+def chunk_sums(
+    partials, levels, tensor, SUMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr
+):
+    """SUMS numbers of a tensor's chunks added in their order in float64, `(LANES,)`."""
+    lane = tl.arange(0, LANES)
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros((LANES,), tl.float64)
+    last = tl.load(levels + tensor * 5 + 4)
+    for first in range(tl.load(levels + tensor * 5 + 3), last, ROWS):
+        number = first + row
+        mask = (number < last)[:, None] & (lane < SUMS)[None, :]
+        part = tl.load(partials + number[:, None] * SUMS + lane[None, :], mask, 0.0)
+        sums += tl.sum(part.to(tl.float64), 0)
+    return sums
+
+
 @triton.jit(do_not_specialize=["chunks_total"])
 def tensor_level(
     tensors, levels, meta, hidden, partials, inverse_rms, found_inf, flags,
@@ -275,14 +292,7 @@ def tensor_level(
         numel = tl.zeros_like(numel)
     if numel > 0:
         lane = tl.arange(0, LANES)
-        row = tl.arange(0, ROWS)
-        sums = tl.zeros((LANES,), tl.float64)
-        last = tl.load(levels + tensor * 5 + 4)
-        for first in range(tl.load(levels + tensor * 5 + 3), last, ROWS):
-            number = first + row
-            mask = (number < last)[:, None] & (lane < SUMS)[None, :]
-            part = tl.load(partials + number[:, None] * SUMS + lane[None, :], mask, 0.0)
-            sums += tl.sum(part.to(tl.float64), 0)
+        sums = chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS)
         means = (sums / numel.to(tl.float64)).to(tl.float32)
         square = tl.sum(tl.where(lane == P + F, means, 0.0), 0)
         tl.store(inverse_rms + tensor, tl.div_rn(1.0, tl.sqrt_rn(square + 1e-16)))
@@ -354,6 +364,8 @@ def apply(
 ):  # fmt: skip
     """theta <- keep theta - lr raw / rms, steps counted; programs beyond take a problem each.
 
+    With programs = 0 there are only those.
+
     `rates` (tensors, 4) holds keep = 1 - lr * weight_decay and lr, each as the sum of two float32.
     """
     program = tl.program_id(0)
@@ -364,7 +376,8 @@ def apply(
                 tensors, levels, meta, hidden, flags, problem, tensors_total,
                 P, T, G, S, TENSORS, HAS_FLAGS,
             )  # fmt: skip
-    for number in range(program, tl.where(program < programs, chunks_total, 0), programs):
+    stride = tl.maximum(programs, 1)
+    for number in range(program, tl.where(program < programs, chunks_total, 0), stride):
         tensor, first = tl.load(chunks + 2 * number), tl.load(chunks + 2 * number + 1)
         numel = tl.load(tensors + tensor * 5 + 4)
         param_ptr = address(tensors, tensor, 0, PARAM)

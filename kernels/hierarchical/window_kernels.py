@@ -1,0 +1,343 @@
+"""The Triton kernels of the hierarchical rule's window backward; `window.py` launches them.
+
+The replay leaves of every step the state before it, its raw steps, its chunks' sums and the
+tensors' 1 / rms. Going back a step takes four launches, over the same tables as the step's:
+
+    advance_adjoint     dL/d(parameter) after the step, and its products with the raw steps
+    levels_backward     the global GRU and the tensors', and what a tensor tells its coordinates
+    sweep_backward      the parameters; sums of the gates' gradients over each chunk
+    injected_backward   from those sums to the states that inject biases
+
+What tensors hand from launch to launch is double buffered: `levels_backward` reads what any of the
+problem's tensors wrote one launch before. A problem's tensors follow each other, `count` of them.
+Gradients of the meta-parameters are partial sums, a row of the parameter level's for each program
+of the sweep and a row of the others' for each tensor; a row has one writer.
+"""
+
+# Triton's functions take Triton's values: annotations would be wrong for either side.
+# mypy: disable-error-code="no-untyped-def,assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..lstm.step_kernels import address
+from ..lstm.window_kernels import number
+from ..lstm.window_layers import add_outer, transposed_product
+from . import cells
+from .step_kernels import chunk_sums, inject, mean_log_rate, state_of
+from .window_sweep import (
+    affine_rows,
+    down,
+    enter_tile,
+    features_backward,
+    place,
+    readouts_backward,
+    reset_backward,
+    reset_rows,
+    row,
+)
+
+
+@triton.constexpr_function
+def level_offset(name, P, T, G, S):
+    """Where the gradient of a meta-parameter of the upper levels lies in a tensor's row."""
+    return cells.offset(name, P, T, G, S) - cells.offset("tensor_gates", P, T, G, S)
+
+
+@triton.constexpr_function
+def level_work(name, P, T, G, S):
+    """Where a vector of a tensor's level starts in its scratch; "all": how long that is.
+
+    Of either GRU, one after the other: [x, h], injected biases, dL/dh', the gradients of [x, h]
+    and those of the preactivations.
+    """
+    width, hidden = max(P + 3 * S + T, T + G), max(T, G)
+    return place(
+        name,
+        (("xh", width), ("injected", 3 * hidden), ("d_next", hidden), ("d_xh", width),
+         ("d_bias", 3 * hidden)),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["chunk", "recorded", "follows"])
+def advance_adjoint(
+    tensors, levels, chunks, grads, loss_weights, raw, adjoint, products, chunk,
+    recorded, follows, lr, keep, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """adjoint <- w g + keep adjoint, and of every chunk the sum of -lr adjoint raw.
+
+    `grads`, of all coordinates, and `loss_weights` (runs,) are of the step after. `recorded` is 1
+    if there are any, `follows` 1 if `adjoint` holds that after this step, which else is 0.
+    """
+    chunk_number = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * chunk_number)
+    first = tl.load(chunks + 2 * chunk_number + 1)
+    end = tl.minimum(first + chunk, tl.load(tensors + tensor * 5 + 4))
+    at = tl.load(levels + tensor * 5 + 2)
+    weight = tl.load(loss_weights + tl.load(levels + tensor * 5 + 1))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end, BLOCK):
+        lanes = start + tl.arange(0, BLOCK)
+        valid = lanes < end
+        new = weight * tl.load(grads + at + lanes, lanes < end * recorded, 0.0)
+        new += keep * tl.load(adjoint + at + lanes, lanes < end * follows, 0.0)
+        tl.store(adjoint + at + lanes, new, valid)
+        total -= lr * new * tl.load(raw + at + lanes, valid, 0.0)
+    tl.store(products + chunk_number, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["tensors_total", "count"])
+def levels_backward(
+    tensors, levels, new_levels, meta, hidden, flags, partials, inverse_rms, products,
+    d_state, d_hidden, d_centred, d_state_out, d_hidden_out, down_rows, work_rows, d_meta,
+    tensors_total, count, coordinates,
+    P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, META: tl.constexpr,
+    TENSORS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program a tensor: its GRU backwards and, anew in each, the problem's global GRU.
+
+    `new_levels` holds the tensors' states after the step. `d_state` (tensors, T), `d_hidden`
+    (tensors, G), parts of a sum, and `d_centred` (tensors,) come from `injected_backward`;
+    `d_state_out` and `d_hidden_out` go to it. `coordinates`, of a problem, is float32.
+    """
+    X: tl.constexpr = P + 3 * S
+    SUMS: tl.constexpr = X + 2
+    LANES: tl.constexpr = cells.padded(SUMS)
+    PT: tl.constexpr = cells.padded(T)
+    PG: tl.constexpr = cells.padded(G)
+    RANK: tl.constexpr = cells.padded(3 * T)
+    HIDDEN: tl.constexpr = cells.padded(max(T, G))
+    WIDTH: tl.constexpr = cells.padded(max(X + T, T + G))
+    tensor = tl.program_id(0).to(tl.int64)
+    problem = tl.load(levels + tensor * 5 + 1)
+    own = d_meta + tensor * META
+    work = work_rows + tensor * level_work("all", P, T, G, S)
+    xh = work + level_work("xh", P, T, G, S)
+    injected = work + level_work("injected", P, T, G, S)
+    d_next = work + level_work("d_next", P, T, G, S)
+    d_xh = work + level_work("d_xh", P, T, G, S)
+    d_bias = work + level_work("d_bias", P, T, G, S)
+    unit, out, lane = tl.arange(0, PT), tl.arange(0, PG), tl.arange(0, LANES)
+    # Sums over the problem's tensors, in their order.
+    first = problem * count
+    d_z = tl.zeros((PG,), tl.float32)
+    mean_state = tl.zeros((PT,), tl.float32)
+    centred = tl.full((), 0.0, tl.float32)
+    for index in range(count):
+        d_z += cells.load_vector(d_hidden + (first + index) * G, G, PG)
+        mean_state += cells.load_vector(state_of(new_levels, first + index), T, PT)
+        centred += tl.load(d_centred + first + index)
+    share = tl.div_rn(1.0, tl.cast(count, tl.float32))
+    z = cells.load_vector(hidden + problem * G, G, PG)
+    tl.store(xh + unit, mean_state * share, unit < T)
+    tl.store(xh + T + out, z, out < G)
+    tl.store(d_next + out, d_z, out < G)
+    for gate in tl.static_range(3):
+        tl.store(injected + gate * G + out, tl.zeros((PG,), tl.float32), out < G)
+    tl.debug_barrier()
+    cells.gru_backward(
+        meta + cells.offset("global_gates", P, T, G, S),
+        own + level_offset("global_gates", P, T, G, S), (tensor == first).to(tl.int32),
+        xh, injected, d_next, d_xh, d_bias, number(T), number(G), HIDDEN, WIDTH,
+    )  # fmt: skip
+    tl.debug_barrier()
+    d_k = cells.load_vector(d_state + tensor * T, T, PT)
+    d_k += cells.load_vector(d_xh, T, PT) * share
+    d_old_z = tl.where(tensor == first, cells.load_vector(d_xh + T, G, PG), 0.0)
+
+    numel = tl.load(tensors + tensor * 5 + 4).to(tl.float64)
+    means = (chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS) / numel).to(tl.float32)
+    k = cells.load_vector(state_of(levels, tensor), T, PT)
+    weights = meta + cells.offset("global_to_tensor", P, T, G, S)
+    bias = meta + cells.offset("global_to_tensor_bias", P, T, G, S)
+    rank = tl.arange(0, RANK)
+    tl.debug_barrier()
+    tl.store(injected + rank, cells.affine(weights, bias, z, 3 * T, G, RANK, PG), rank < 3 * T)
+    tl.store(xh + lane, means, lane < X)
+    tl.store(xh + X + unit, k, unit < T)
+    tl.store(d_next + unit, d_k, unit < T)
+    tl.debug_barrier()
+    cells.gru_backward(
+        meta + cells.offset("tensor_gates", P, T, G, S),
+        own + level_offset("tensor_gates", P, T, G, S), number(1),
+        xh, injected, d_next, d_xh, d_bias, number(X), number(T), HIDDEN, WIDTH,
+    )  # fmt: skip
+    tl.debug_barrier()
+    tl.store(d_state_out + tensor * T + unit, cells.load_vector(d_xh + X, T, PT), unit < T)
+    d_injected = cells.load_vector(d_bias, 3 * T, RANK)
+    d_old_z += cells.transposed(weights, d_injected, 3 * T, G, RANK, PG)
+    tl.store(d_hidden_out + tensor * G + out, d_old_z, out < G)
+    cells.affine_gradient(
+        own + level_offset("global_to_tensor", P, T, G, S),
+        own + level_offset("global_to_tensor_bias", P, T, G, S), d_injected, z,
+        3 * T, G, RANK, PG,
+    )  # fmt: skip
+
+    own_down = down_rows + tensor * down("all", P, S)
+    d_means = cells.load_vector(d_xh, X, LANES) * tl.div_rn(1.0, numel.to(tl.float32))
+    tl.store(own_down + lane, d_means, lane < X)
+    inject(
+        meta, state_of(levels, tensor), hidden + problem * G, own_down + down("biases", P, S),
+        P, T, G, S,
+    )  # fmt: skip
+    product = tl.sum(chunk_sums(products, levels, tensor, 1, 1, ROWS), 0)
+    root = tl.load(inverse_rms + tensor)
+    rates = own_down + down("rates", P, S)
+    tl.store(rates, (product * root.to(tl.float64) / numel).to(tl.float32))
+    tl.store(rates + 1, -tl.div_rn(centred, coordinates))
+    mean = mean_log_rate(tensors, levels, flags, problem, tensors_total, T, TENSORS, False)
+    tl.store(rates + 2, mean)
+    tl.store(rates + 3, root)
+
+
+@triton.jit(do_not_specialize=["chunks_total", "programs", "chunk"])
+def sweep_backward(
+    tensors, d_tensors, levels, chunks, meta, down_rows, adjoint, step_sums, partials, scratch,
+    chunks_total, programs, chunk, lr,
+    P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The parameters back by a step: planes' gradients in place, in the table `d_tensors`.
+
+    `step_sums` (chunks, 3 P + 1): the gates' gradients and those of the centred log rates, summed
+    over each chunk. A program's row of `partials` ends with a number that is not used.
+    """
+    F: tl.constexpr = 3 * S
+    WIDTH: tl.constexpr = F + P
+    LEVEL: tl.constexpr = cells.offset("tensor_gates", P, T, G, S)
+    CANDIDATE: tl.constexpr = cells.offset("param_candidate", P, T, G, S)
+    GATES: tl.constexpr = cells.offset("param_gates", P, T, G, S)
+    SUMS: tl.constexpr = 3 * P + 1
+    LANES: tl.constexpr = cells.padded(SUMS)
+    program = tl.program_id(0).to(tl.int64)
+    work = scratch + program * (row("all", P, S) * BLOCK)
+    partial = partials + program * (LEVEL + 1)
+    gates_in = work + row("gates_in", P, S) * BLOCK
+    candidate_in = work + row("candidate_in", P, S) * BLOCK
+    gates = work + row("gates", P, S) * BLOCK
+    candidate = gates + 2 * P * BLOCK
+    d_in = work + row("d_in", P, S) * BLOCK
+    new_h = work + row("new_h", P, S) * BLOCK
+    signals = work + row("signals", P, S) * BLOCK
+    h = gates_in + F * BLOCK
+    sum_lane = tl.arange(0, LANES)
+    for chunk_number in range(program, chunks_total, programs):
+        tensor = tl.load(chunks + 2 * chunk_number)
+        first = tl.load(chunks + 2 * chunk_number + 1)
+        numel = tl.load(tensors + tensor * 5 + 4)
+        end = tl.minimum(first + chunk, numel)
+        grad = address(tensors, tensor, 1, tl.float32)
+        planes = address(tensors, tensor, 2, tl.float32)
+        d_planes = address(d_tensors, tensor, 2, tl.float32)
+        taken = tl.load(address(tensors, tensor, 3, tl.float32))
+        own_adjoint = adjoint + tl.load(levels + tensor * 5 + 2)
+        down_at = down_rows + tensor * down("all", P, S)
+        sums = step_sums + chunk_number * SUMS
+        tl.store(sums + sum_lane, tl.zeros((LANES,), tl.float32), sum_lane < SUMS)
+        for start in range(first, end, BLOCK):
+            enter_tile(
+                grad, planes, numel, start, end, taken, meta, down_at, work, P, T, G, S, BLOCK
+            )
+            tl.debug_barrier()
+            biases = down_at + down("biases", P, S)
+            affine_rows(gates_in, meta + GATES, biases, gates, 2 * P, WIDTH, BLOCK)
+            tl.debug_barrier()
+            reset_rows(work, P, S, BLOCK)
+            tl.debug_barrier()
+            affine_rows(candidate_in, meta + CANDIDATE, biases + 2 * P, candidate, P, WIDTH, BLOCK)
+            tl.debug_barrier()
+            readouts_backward(
+                own_adjoint, planes, d_planes, numel, start, end, lr, meta, down_at, work,
+                P, T, G, S, BLOCK,
+            )  # fmt: skip
+            tl.debug_barrier()
+            transposed_product(candidate, meta + CANDIDATE, d_in, number(0), WIDTH, P, BLOCK)
+            tl.debug_barrier()
+            reset_backward(work, P, S, BLOCK)
+            tl.debug_barrier()
+            transposed_product(gates, meta + GATES, d_in, number(1), WIDTH, 2 * P, BLOCK)
+            tl.debug_barrier()
+            features_backward(
+                grad, planes, d_planes, numel, start, end, meta, down_at, work,
+                P, T, G, S, BLOCK,
+            )  # fmt: skip
+            tl.debug_barrier()
+            add_outer(
+                partial, number(2 * P), number(GATES), number(0),
+                number(cells.offset("param_gates_bias", P, T, G, S)),
+                gates, gates_in, gates_in, number(WIDTH), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(P), number(CANDIDATE), number(0),
+                number(cells.offset("param_candidate_bias", P, T, G, S)),
+                candidate, candidate_in, candidate_in, number(WIDTH), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(1), number(cells.offset("direction", P, T, G, S)),
+                number(cells.offset("shortcut", P, T, G, S)), number(LEVEL),
+                signals, new_h, gates_in, number(P), number(S), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(1), number(cells.offset("rate", P, T, G, S)), number(0),
+                number(cells.offset("rate_bias", P, T, G, S)),
+                signals + BLOCK, new_h, new_h, number(P), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(1), number(cells.offset("square_decay", P, T, G, S)), number(0),
+                number(cells.offset("square_decay_bias", P, T, G, S)),
+                signals + 2 * BLOCK, h, h, number(P), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(1), number(cells.offset("average_decay", P, T, G, S)), number(0),
+                number(cells.offset("average_decay_bias", P, T, G, S)),
+                signals + 3 * BLOCK, h, h, number(P), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                partial, number(2), number(0), number(0),
+                number(cells.offset("rate_momentum", P, T, G, S)),
+                signals + 4 * BLOCK, signals, signals, number(0), number(0), BLOCK,
+            )  # fmt: skip
+            add_outer(
+                sums, number(SUMS), number(0), number(0), number(0), gates, gates, gates,
+                number(0), number(0), BLOCK,
+            )  # fmt: skip
+            # Rows that other threads have read are written again.
+            tl.debug_barrier()
+
+
+@triton.jit
+def injected_backward(
+    levels, meta, hidden, step_sums, d_state_in, d_hidden_in, d_state, d_hidden, d_centred, d_meta,
+    P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, META: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program a tensor: from its chunks' sums to the states that injected the biases."""
+    RANK: tl.constexpr = 3 * P
+    LANES: tl.constexpr = cells.padded(RANK + 1)
+    PT: tl.constexpr = cells.padded(T)
+    PG: tl.constexpr = cells.padded(G)
+    tensor = tl.program_id(0).to(tl.int64)
+    own = d_meta + tensor * META
+    lane, unit, out = tl.arange(0, LANES), tl.arange(0, PT), tl.arange(0, PG)
+    sums = chunk_sums(step_sums, levels, tensor, RANK + 1, LANES, ROWS).to(tl.float32)
+    tl.store(d_centred + tensor, tl.sum(tl.where(lane == RANK, sums, 0.0), 0))
+    d = tl.where(lane < RANK, sums, 0.0)
+    k = cells.load_vector(state_of(levels, tensor), T, PT)
+    z = cells.load_vector(hidden + tl.load(levels + tensor * 5 + 1) * G, G, PG)
+    weights = meta + cells.offset("tensor_to_param", P, T, G, S)
+    d_k = cells.load_vector(d_state_in + tensor * T, T, PT)
+    d_k += cells.transposed(weights, d, RANK, T, LANES, PT)
+    tl.store(d_state + tensor * T + unit, d_k, unit < T)
+    weights = meta + cells.offset("global_to_param", P, T, G, S)
+    d_z = cells.load_vector(d_hidden_in + tensor * G, G, PG)
+    d_z += cells.transposed(weights, d, RANK, G, LANES, PG)
+    tl.store(d_hidden + tensor * G + out, d_z, out < G)
+    cells.affine_gradient(
+        own + level_offset("tensor_to_param", P, T, G, S),
+        own + level_offset("tensor_to_param_bias", P, T, G, S), d, k, RANK, T, LANES, PT,
+    )  # fmt: skip
+    cells.affine_gradient(
+        own + level_offset("global_to_param", P, T, G, S),
+        own + level_offset("global_to_param_bias", P, T, G, S), d, z, RANK, G, LANES, PG,
+    )  # fmt: skip
