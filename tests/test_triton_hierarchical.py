@@ -119,7 +119,7 @@ class Lists:
         levels = list(zip(map(address, self.tensors), self.problems, strict=True))
         count = len(rows)
         dtypes = [torch.float32] * count
-        plan = step._make_plan(self.rule, rows, levels, dtypes, torch.device("cpu"))
+        plan = step.make_plan(self.rule, rows, levels, dtypes, torch.device("cpu"))
         for buffer in (plan.raw, plan.partials, plan.inverse_rms, plan.injected):
             buffer.fill_(torch.nan)
         plan.set_rates([0.5] * count, [0.2] * count)

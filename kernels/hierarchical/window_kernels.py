@@ -22,22 +22,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..lstm.step_kernels import address
-from ..lstm.window_kernels import number
-from ..lstm.window_layers import add_outer, transposed_product
+from ..lstm.cells import number
 from . import cells
 from .step_kernels import chunk_sums, inject, mean_log_rate, state_of
-from .window_sweep import (
-    affine_rows,
-    down,
-    enter_tile,
-    features_backward,
-    place,
-    readouts_backward,
-    reset_backward,
-    reset_rows,
-    row,
-)
+from .window_sweep import down, place, row
+from .window_tile import add_gradients, backward_tile, forward_tile
 
 
 @triton.constexpr_function
@@ -203,107 +192,34 @@ def sweep_backward(
     `step_sums` (chunks, 3 P + 1): the gates' gradients and those of the centred log rates, summed
     over each chunk. A program's row of `partials` ends with a number that is not used.
     """
-    F: tl.constexpr = 3 * S
-    WIDTH: tl.constexpr = F + P
-    LEVEL: tl.constexpr = cells.offset("tensor_gates", P, T, G, S)
-    CANDIDATE: tl.constexpr = cells.offset("param_candidate", P, T, G, S)
-    GATES: tl.constexpr = cells.offset("param_gates", P, T, G, S)
     SUMS: tl.constexpr = 3 * P + 1
     LANES: tl.constexpr = cells.padded(SUMS)
-    program = tl.program_id(0).to(tl.int64)
-    work = scratch + program * (row("all", P, S) * BLOCK)
-    partial = partials + program * (LEVEL + 1)
-    gates_in = work + row("gates_in", P, S) * BLOCK
-    candidate_in = work + row("candidate_in", P, S) * BLOCK
-    gates = work + row("gates", P, S) * BLOCK
-    candidate = gates + 2 * P * BLOCK
-    d_in = work + row("d_in", P, S) * BLOCK
-    new_h = work + row("new_h", P, S) * BLOCK
-    signals = work + row("signals", P, S) * BLOCK
-    h = gates_in + F * BLOCK
+    program = tl.program_id(0)
+    work = scratch + program.to(tl.int64) * (row("all", P, S) * BLOCK)
+    partial = partials + program.to(tl.int64) * (cells.offset("tensor_gates", P, T, G, S) + 1)
     sum_lane = tl.arange(0, LANES)
     for chunk_number in range(program, chunks_total, programs):
         tensor = tl.load(chunks + 2 * chunk_number)
         first = tl.load(chunks + 2 * chunk_number + 1)
-        numel = tl.load(tensors + tensor * 5 + 4)
-        end = tl.minimum(first + chunk, numel)
-        grad = address(tensors, tensor, 1, tl.float32)
-        planes = address(tensors, tensor, 2, tl.float32)
-        d_planes = address(d_tensors, tensor, 2, tl.float32)
-        taken = tl.load(address(tensors, tensor, 3, tl.float32))
-        own_adjoint = adjoint + tl.load(levels + tensor * 5 + 2)
-        down_at = down_rows + tensor * down("all", P, S)
-        sums = step_sums + chunk_number * SUMS
-        tl.store(sums + sum_lane, tl.zeros((LANES,), tl.float32), sum_lane < SUMS)
+        end = tl.minimum(first + chunk, tl.load(tensors + tensor * 5 + 4))
+        # The kernel keeps few numbers across the calls: more of them spill.
+        tl.store(
+            step_sums + chunk_number * SUMS + sum_lane,
+            tl.zeros((LANES,), tl.float32),
+            sum_lane < SUMS,
+        )
         for start in range(first, end, BLOCK):
-            enter_tile(
-                grad, planes, numel, start, end, taken, meta, down_at, work, P, T, G, S, BLOCK
-            )
-            tl.debug_barrier()
-            biases = down_at + down("biases", P, S)
-            affine_rows(gates_in, meta + GATES, biases, gates, 2 * P, WIDTH, BLOCK)
-            tl.debug_barrier()
-            reset_rows(work, P, S, BLOCK)
-            tl.debug_barrier()
-            affine_rows(candidate_in, meta + CANDIDATE, biases + 2 * P, candidate, P, WIDTH, BLOCK)
-            tl.debug_barrier()
-            readouts_backward(
-                own_adjoint, planes, d_planes, numel, start, end, lr, meta, down_at, work,
-                P, T, G, S, BLOCK,
+            left = tl.minimum(end - start, BLOCK).to(tl.int32)
+            forward_tile(
+                tensors + tensor * 5, start, left, meta, down_rows + tensor * down("all", P, S),
+                work, P, T, G, S, BLOCK,
             )  # fmt: skip
-            tl.debug_barrier()
-            transposed_product(candidate, meta + CANDIDATE, d_in, number(0), WIDTH, P, BLOCK)
-            tl.debug_barrier()
-            reset_backward(work, P, S, BLOCK)
-            tl.debug_barrier()
-            transposed_product(gates, meta + GATES, d_in, number(1), WIDTH, 2 * P, BLOCK)
-            tl.debug_barrier()
-            features_backward(
-                grad, planes, d_planes, numel, start, end, meta, down_at, work,
-                P, T, G, S, BLOCK,
+            backward_tile(
+                tensors + tensor * 5, d_tensors + tensor * 5,
+                adjoint + tl.load(levels + tensor * 5 + 2) + start, start, left, lr, meta,
+                down_rows + tensor * down("all", P, S), work, P, T, G, S, BLOCK,
             )  # fmt: skip
-            tl.debug_barrier()
-            add_outer(
-                partial, number(2 * P), number(GATES), number(0),
-                number(cells.offset("param_gates_bias", P, T, G, S)),
-                gates, gates_in, gates_in, number(WIDTH), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(P), number(CANDIDATE), number(0),
-                number(cells.offset("param_candidate_bias", P, T, G, S)),
-                candidate, candidate_in, candidate_in, number(WIDTH), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(1), number(cells.offset("direction", P, T, G, S)),
-                number(cells.offset("shortcut", P, T, G, S)), number(LEVEL),
-                signals, new_h, gates_in, number(P), number(S), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(1), number(cells.offset("rate", P, T, G, S)), number(0),
-                number(cells.offset("rate_bias", P, T, G, S)),
-                signals + BLOCK, new_h, new_h, number(P), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(1), number(cells.offset("square_decay", P, T, G, S)), number(0),
-                number(cells.offset("square_decay_bias", P, T, G, S)),
-                signals + 2 * BLOCK, h, h, number(P), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(1), number(cells.offset("average_decay", P, T, G, S)), number(0),
-                number(cells.offset("average_decay_bias", P, T, G, S)),
-                signals + 3 * BLOCK, h, h, number(P), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                partial, number(2), number(0), number(0),
-                number(cells.offset("rate_momentum", P, T, G, S)),
-                signals + 4 * BLOCK, signals, signals, number(0), number(0), BLOCK,
-            )  # fmt: skip
-            add_outer(
-                sums, number(SUMS), number(0), number(0), number(0), gates, gates, gates,
-                number(0), number(0), BLOCK,
-            )  # fmt: skip
-            # Rows that other threads have read are written again.
-            tl.debug_barrier()
+            add_gradients(partial, step_sums + chunk_number * SUMS, work, P, T, G, S, BLOCK)
 
 
 @triton.jit

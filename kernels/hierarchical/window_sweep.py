@@ -1,4 +1,4 @@
-"""Parts of the backward sweep over the parameters, which `window_kernels.py` puts together.
+"""Parts of the backward sweep over the parameters, which `window_tile.py` puts together.
 
 A program is one warp and owns one tile of BLOCK coordinates at a time. What a tile needs lies in
 the program's scratch as rows of BLOCK floats; `row` says where. Functions are not inlined, and
@@ -6,7 +6,8 @@ loops over units are rolled, for the reasons that `../lstm/window_layers.py` giv
 tile over its lanes in a layout of its own: a barrier stands between any two of which one stores
 rows that the other loads or stores.
 
-`down` points to what the levels above tell a tensor's coordinates; `down` below says where.
+Pointers to planes, gradients and adjoints are to a tile's first coordinate, of which `left` are
+left. `down_at` points to what the levels above tell a tensor's coordinates; `down` says where.
 """
 
 # Triton's functions take Triton's values: annotations would be wrong for either side.
@@ -19,7 +20,6 @@ import triton.language as tl
 
 from ..lstm.cells import sigmoid
 from ..lstm.step_kernels import load_rows
-from ..lstm.window_layers import group_size
 from . import cells
 from .step_kernels import LOG_RATE_LIMIT, RMS_EPS, SQUARE_EPS, features
 
@@ -41,6 +41,12 @@ def place(name, sizes):
 def half_power(exponent):
     """2^-exponent."""
     return 0.5**exponent
+
+
+@triton.constexpr_function
+def group(count, largest):
+    """The largest divisor of `count` up to `largest`."""
+    return max(n for n in range(1, largest + 1) if count % n == 0)
 
 
 @triton.constexpr_function
@@ -77,14 +83,13 @@ def down(name, P, S):
 
 @triton.jit(noinline=True)
 def enter_tile(
-    grad, planes, numel, start, end, taken, meta, down_at, work,
+    grad, planes, numel, left, taken, meta, down_at, work,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The features of a tile, h and the decays, from the planes before the step."""
     F: tl.constexpr = 3 * S
     lane = tl.arange(0, BLOCK)
-    lanes = start + lane
-    valid = lanes < end
+    valid = lane < left
     gates_in = work + row("gates_in", P, S) * BLOCK + lane
     candidate_in = work + row("candidate_in", P, S) * BLOCK + lane
     logit = tl.zeros((BLOCK,), tl.float32)
@@ -92,7 +97,7 @@ def enter_tile(
     logit_l = tl.zeros((BLOCK,), tl.float32)
     logit_l += tl.load(meta + cells.offset("square_decay_bias", P, T, G, S))
     for k in range(P):
-        h = tl.load(planes + k * numel + lanes, valid, 0.0)
+        h = tl.load(planes + k * numel + lane, valid, 0.0)
         tl.store(gates_in + (F + k) * BLOCK, h)
         logit += h * tl.load(meta + cells.offset("average_decay", P, T, G, S) + k)
         logit_l += h * tl.load(meta + cells.offset("square_decay", P, T, G, S) + k)
@@ -102,11 +107,11 @@ def enter_tile(
     decays = work + row("decays", P, S) * BLOCK + lane
     tl.store(decays, beta)
     tl.store(decays + BLOCK, beta_l)
-    averages = load_rows(planes + P * numel, numel, lanes, valid, S)
-    squares = load_rows(planes + (P + S) * numel, numel, lanes, valid, S)
-    log_rate = tl.load(planes + (P + 2 * S) * numel + lanes, valid, 0.0)
+    averages = load_rows(planes + P * numel, numel, lane, valid, S)
+    squares = load_rows(planes + (P + S) * numel, numel, lane, valid, S)
+    log_rate = tl.load(planes + (P + 2 * S) * numel + lane, valid, 0.0)
     mean = tl.load(down_at + down("rates", P, S) + 2)
-    g = tl.load(grad + lanes, valid, 0.0)
+    g = tl.load(grad + lane, valid, 0.0)
     _, _, _, x = features(g, averages, squares, log_rate - mean, beta, beta_l, S)
     for k in tl.static_range(F):
         tl.store(gates_in + k * BLOCK, x[k])
@@ -114,28 +119,26 @@ def enter_tile(
 
 
 @triton.jit(noinline=True)
-def affine_rows(
-    x, weights, bias, target, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """COUNT rows W x + b of WIDTH rows x, to rows `target`."""
+def affine_rows(x, weights, bias, target, count, width, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows W x + b of `width` rows x, to the `count` rows at `target`, GROUP at a time.
+
+    GROUP divides `count`.
+    """
     lane = tl.arange(0, BLOCK)
-    GROUP: tl.constexpr = group_size(COUNT, 10)
-    for first in range(0, COUNT, GROUP):
+    for first in range(0, count, GROUP):
         sums = ()
         for u in tl.static_range(GROUP):
-            own = tl.load(bias + tl.minimum(first + u, COUNT - 1))
+            own = tl.load(bias + first + u)
             sums = sums + (tl.zeros((BLOCK,), tl.float32) + own,)  # noqa: RUF005
-        for k in range(WIDTH):
+        for k in range(width):
             value = tl.load(x + k * BLOCK + lane)
             new = ()
             for u in tl.static_range(GROUP):
-                unit = tl.minimum(first + u, COUNT - 1)
-                new = new + (sums[u] + value * tl.load(weights + unit * WIDTH + k),)  # noqa: RUF005
+                weight = tl.load(weights + (first + u) * width + k)
+                new = new + (sums[u] + value * weight,)  # noqa: RUF005
             sums = new
         for u in tl.static_range(GROUP):
-            # A group may reach beyond the last row.
-            valid = lane < (COUNT - first - u) * BLOCK
-            tl.store(target + tl.minimum(first + u, COUNT - 1) * BLOCK + lane, sums[u], valid)
+            tl.store(target + (first + u) * BLOCK + lane, sums[u])
 
 
 @triton.jit(noinline=True)
@@ -151,7 +154,7 @@ def reset_rows(work, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(noinline=True)
 def readouts_backward(
-    adjoint, planes, d_planes, numel, start, end, lr, meta, down_at, work,
+    adjoint, planes, d_planes, numel, left, lr, meta, down_at, work,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the update and the state after the step to the gates.
@@ -162,8 +165,7 @@ def readouts_backward(
     """
     F: tl.constexpr = 3 * S
     lane = tl.arange(0, BLOCK)
-    lanes = start + lane
-    valid = lanes < end
+    valid = lane < left
     h_row = work + (row("gates_in", P, S) + F) * BLOCK + lane
     x_row = work + row("gates_in", P, S) * BLOCK + lane
     update_row = work + (row("gates", P, S) + P) * BLOCK + lane
@@ -172,7 +174,7 @@ def readouts_backward(
     for s in range(S):
         weight = tl.load(meta + cells.offset("shortcut", P, T, G, S) + s)
         d += tl.load(x_row + s * BLOCK) * weight
-    rate_plane = (P + 2 * S) * numel + lanes
+    rate_plane = (P + 2 * S) * numel + lane
     old = tl.load(planes + rate_plane, valid, 0.0)
     eta = old + tl.load(meta + cells.offset("rate_bias", P, T, G, S))
     for k in range(P):
@@ -188,7 +190,7 @@ def readouts_backward(
     rates = down_at + down("rates", P, S)
     inverse_rms = tl.load(rates + 3)
     scale = tl.exp(eta + tl.load(meta + cells.offset("log_rate_offset", P, T, G, S)))
-    upstream = scale * (lr * tl.load(adjoint + lanes, valid, 0.0))
+    upstream = scale * (lr * tl.load(adjoint + lane, valid, 0.0))
     y = d * inverse_rms
     through_step = -upstream * y
     d_direction = tl.where(valid, -(upstream + y * tl.load(rates)) * inverse_rms, 0.0)
@@ -203,7 +205,7 @@ def readouts_backward(
     tl.store(signals + 4 * BLOCK, kept * (1.0 - kept) * d_rate * (old - eta))
     tl.store(signals + 5 * BLOCK, through_step)
     for k in range(P):
-        d_h = tl.load(d_planes + k * numel + lanes, valid, 0.0) + tl.load(down_at + k)
+        d_h = tl.load(d_planes + k * numel + lane, valid, 0.0) + tl.load(down_at + k)
         d_h = tl.where(valid, d_h, 0.0)
         d_h += d_direction * tl.load(meta + cells.offset("direction", P, T, G, S) + k)
         d_h += d_eta * tl.load(meta + cells.offset("rate", P, T, G, S) + k)
@@ -231,7 +233,7 @@ def reset_backward(work, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(noinline=True)
 def features_backward(
-    grad, planes, d_planes, numel, start, end, meta, down_at, work,
+    grad, planes, d_planes, numel, left, meta, down_at, work,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the features to the planes before the step, in place of those after it.
@@ -240,8 +242,7 @@ def features_backward(
     """
     F: tl.constexpr = 3 * S
     lane = tl.arange(0, BLOCK)
-    lanes = start + lane
-    valid = lanes < end
+    valid = lane < left
     x_row = work + row("gates_in", P, S) * BLOCK + lane
     d_row = work + row("d_in", P, S) * BLOCK + lane
     signals = work + row("signals", P, S) * BLOCK + lane
@@ -250,13 +251,13 @@ def features_backward(
         of_mean = tl.load(down_at + P + k)
         d_x = d_x + (tl.load(d_row + k * BLOCK) + tl.where(valid, of_mean, 0.0),)  # noqa: RUF005
     tl.store(work + row("centred", P, S) * BLOCK + lane, d_x[F - 1])
-    rate_at = d_planes + (P + 2 * S) * numel + lanes
+    rate_at = d_planes + (P + 2 * S) * numel + lane
     tl.store(rate_at, tl.load(rate_at, valid, 0.0) + d_x[F - 1], valid)
     mean = d_x[2 * S - 1]
     for s in tl.static_range(1, S):
         mean += d_x[2 * S - 1 + s]
     mean *= 1.0 / S
-    g = tl.load(grad + lanes, valid, 0.0)
+    g = tl.load(grad + lane, valid, 0.0)
     d_direction = tl.load(signals)
     decays = work + row("decays", P, S) * BLOCK + lane
     beta, beta_l = tl.load(decays), tl.load(decays + BLOCK)
@@ -264,7 +265,7 @@ def features_backward(
     d_average_logit = tl.zeros((BLOCK,), tl.float32)
     d_square_decay = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(S):
-        average_plane, square_plane = (P + s) * numel + lanes, (P + S + s) * numel + lanes
+        average_plane, square_plane = (P + s) * numel + lane, (P + S + s) * numel + lane
         behind = tl.load(planes + average_plane, valid, 0.0) - g
         average = g + own * behind
         fresh = average * average + SQUARE_EPS
@@ -296,4 +297,4 @@ def features_backward(
         weight = tl.load(meta + cells.offset("average_decay", P, T, G, S) + k)
         d_h += d_average_logit * weight
         d_h += d_square_logit * tl.load(meta + cells.offset("square_decay", P, T, G, S) + k)
-        tl.store(d_planes + k * numel + lanes, d_h, valid)
+        tl.store(d_planes + k * numel + lane, d_h, valid)

@@ -10,6 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
+def number(value):
+    """A run-time number: as a constant it would make the function that gets it a separate one."""
+    return tl.cast(value, tl.int32)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x); an overflow of the exponential gives 0."""
     return tl.div_rn(1.0, 1.0 + tl.exp(-x))

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from . import cells
+from .cells import number
 from .step_kernels import MOMENTS
 from .window_layers import (
     add_outer,
@@ -42,12 +43,6 @@ from .window_layers import (
     transposed_product,
     update_gradient,
 )
-
-
-@triton.jit
-def number(value):
-    """A run-time number: as a constant it would make the function that gets it a separate one."""
-    return tl.cast(value, tl.int32)
 
 
 @triton.jit
