@@ -50,9 +50,9 @@ def _cuda_refuses(sizes: tuple[int, int, int, int], device: torch.device) -> str
 
 def unroll_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
     """Why a backend that is present has no window backward for this rule, "" if it has."""
-    if backend in ("triton", "cuda"):
+    if backend == "cuda":
         return "it has no kernels for the windows of rules of family 'hierarchical'"
-    return ""
+    return step_refusal(backend, rule, device) if backend == "triton" else ""
 
 
 def objections(
@@ -91,6 +91,19 @@ def _each_problem(named: Named) -> Iterator[Named]:
             yield {**named, **lists, "problems": [], "global_states": hidden, "meta": meta}
 
 
+def unroll_backward(
+    backend: str, rule: HierarchicalRule, named: Named
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The window backward, which Triton alone has; `named` holds the arguments of the op's schema,
+    checked.
+    """
+    names = ("grads", "state", "step", "meta", "loss_weights", "steps", "sizes")
+    window = import_module("fastl2o.kernels.hierarchical.window")
+    arguments = (named[name] for name in (*names, "lr", "weight_decay"))
+    result: tuple[Tensor, Tensor] = window.unroll_backward(rule, *arguments)
+    return result
+
+
 def dispatched(
     function: Callable[[str, HierarchicalRule, Named], Any],
     refusal: Refusal,
@@ -104,7 +117,7 @@ def dispatched(
         function: one of this module.
         refusal: what backends do not take of it.
         rule_of: the rule that an op's arguments describe.
-        check: raises for lists that do not fit the rule.
+        check: raises for tensors that do not fit the rule.
         default: the op in plain torch.
     """
 

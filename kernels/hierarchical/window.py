@@ -288,7 +288,7 @@ def unroll_backward(
     Returns:
         d_meta `(M,)` and d_state `(R, W)`.
     """
-    if steps == 0 or grads[0].numel() == 0:
+    if steps == 0 or grads.shape[1:].numel() == 0:
         return torch.zeros_like(meta), torch.zeros_like(state)
     with torch.cuda.device_of(meta):
         return Window(

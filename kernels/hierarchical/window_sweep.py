@@ -253,8 +253,8 @@ def features_backward(
     tl.store(work + row("centred", P, S) * BLOCK + lane, d_x[F - 1])
     rate_at = d_planes + (P + 2 * S) * numel + lane
     tl.store(rate_at, tl.load(rate_at, valid, 0.0) + d_x[F - 1], valid)
-    mean = d_x[2 * S - 1]
-    for s in tl.static_range(1, S):
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(S):
         mean += d_x[2 * S - 1 + s]
     mean *= 1.0 / S
     g = tl.load(grad + lane, valid, 0.0)

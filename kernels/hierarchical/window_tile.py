@@ -78,14 +78,14 @@ def backward_tile(
     tl.debug_barrier()
     transposed_product(
         gates + 2 * P * BLOCK, meta + cells.offset("param_candidate", P, T, G, S), d_in,
-        number(0), WIDTH, P, BLOCK,
+        number(0), number(P), WIDTH, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     reset_backward(work, P, S, BLOCK)
     tl.debug_barrier()
     transposed_product(
-        gates, meta + cells.offset("param_gates", P, T, G, S), d_in, number(1), WIDTH, 2 * P,
-        BLOCK,
+        gates, meta + cells.offset("param_gates", P, T, G, S), d_in, number(1), number(2 * P),
+        WIDTH, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     features_backward(

@@ -75,13 +75,13 @@ def backward_layer(
         number(OFFSET + 4 * H * (WIDTH + H)), gates, below, old, number(WIDTH), number(H), BLOCK,
     )  # fmt: skip
     hidden_weights = meta + OFFSET + 4 * H * WIDTH
-    transposed_product(gates, hidden_weights, d_state, number(0), H, 4 * H, BLOCK)
+    transposed_product(gates, hidden_weights, d_state, number(0), 4 * H, H, BLOCK)
     if INDEX > 0:
         target = d_state - 2 * H * BLOCK
-        transposed_product(gates, meta + OFFSET, target, number(1), H, 4 * H, BLOCK)
+        transposed_product(gates, meta + OFFSET, target, number(1), 4 * H, H, BLOCK)
     elif WITH_INPUTS:
         target = d_out_row + 2 * BLOCK
-        transposed_product(gates, meta + OFFSET, target, number(0), WIDTH, 4 * H, BLOCK)
+        transposed_product(gates, meta + OFFSET, target, number(0), 4 * H, WIDTH, BLOCK)
     # From here on the rows of the gates are written again: every thread has read them.
     tl.debug_barrier()
 

@@ -213,9 +213,9 @@ def gate_gradients(
 
 @triton.jit(noinline=True)
 def transposed_product(
-    gates, weights, target, add, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    gates, weights, target, add, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """W^T d of a (COUNT, WIDTH) matrix and the gate gradients d: WIDTH rows, added if `add`."""
+    """W^T d of a (count, WIDTH) matrix and the gate gradients d: WIDTH rows, added if `add`."""
     lane = tl.arange(0, BLOCK)
     gates_at, target_at = gates + lane, target + lane
     GROUP: tl.constexpr = group_size(WIDTH, 10)
@@ -223,7 +223,7 @@ def transposed_product(
         sums = ()
         for _ in tl.static_range(GROUP):
             sums = sums + (tl.zeros((BLOCK,), tl.float32),)  # noqa: RUF005
-        for row in range(COUNT):
+        for row in range(count):
             d = tl.load(gates_at + row * BLOCK)
             new = ()
             for u in tl.static_range(GROUP):
