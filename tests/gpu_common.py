@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXEMU = ROOT.parent / "shared/ptxemu"
@@ -94,3 +95,14 @@ def run_interpreted(test_file: str) -> None:
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert "skipped" not in report.splitlines()[-1], report
+
+
+def poison_new_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `Tensor.new_empty` makes with NaN, so that reading unwritten memory shows."""
+    empty = torch.Tensor.new_empty
+
+    def filled(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)

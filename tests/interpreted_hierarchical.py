@@ -149,7 +149,7 @@ def test_tables_are_kept_while_addresses_stay() -> None:
     assert plans[0] is not plans[2]
 
 
-def test_sizes_and_windows_without_kernels_are_refused() -> None:
+def test_sizes_without_kernels_are_refused() -> None:
     rule = HierarchicalRule(param_size=17)
     mine = Problem(rule, [(9,)])
     with pytest.raises(RuntimeError, match="param_size up to 16, not 17"):

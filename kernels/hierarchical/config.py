@@ -72,14 +72,14 @@ class WindowConfig:
     segments: int
 
 
-def window_config(coordinates: int, row: int, steps: int) -> WindowConfig:
-    """The parameters for `coordinates` in all, whose state takes `row` numbers, and `steps` steps.
+def window_config(row: int, steps: int) -> WindowConfig:
+    """The parameters for `steps` steps of a state of `row` numbers.
 
-    Two coordinates a thread share the loads of weights where that leaves every program a tile. The
+    One coordinate a thread: with two, which would share the loads of weights, the sweep spilled 16
+    bytes on compute capability 10.0. The
     states of all steps are recorded unless they take more than RECORD_BYTES; then of
     sqrt(T) steps at a time, replayed from as many states between.
     """
-    block = 64 if coordinates > MAX_SWEEP_PROGRAMS * 32 else 32
     whole = 4 * row * (steps + 1) <= RECORD_BYTES
     segment = steps if whole else max(1, math.isqrt(max(0, steps - 1)) + 1)
-    return WindowConfig(block, MAX_SWEEP_PROGRAMS, segment, -(-steps // max(1, segment)))
+    return WindowConfig(32, MAX_SWEEP_PROGRAMS, segment, -(-steps // max(1, segment)))

@@ -29,6 +29,11 @@ from .window_sweep import down, row
 FLOAT = 4  # bytes
 
 
+def address(tensor: Tensor) -> int:
+    """Where a tensor lies on its device."""
+    return tensor.data_ptr()
+
+
 @dataclass
 class Replay:
     """States and what else the replay records, and the tables of the kernels.
@@ -80,7 +85,7 @@ class Window:
         self.state = state
         self.runs, self.coordinates = grads.shape[1:]
         self.count = sum(size > 0 for size in sizes)
-        self.config = window_config(self.runs * self.coordinates, state.numel(), steps)
+        self.config = window_config(state.numel(), steps)
         self.replay = self._record(step, sizes)
         tensors, chunks = len(self.replay.plan.tensors), len(self.replay.plan.chunks)
         self.programs = min(chunks, self.config.programs)
@@ -106,12 +111,12 @@ class Window:
         table, levels = [], []
         width, first = state.shape[1], sum(sizes) * rule.state_planes
         for run in range(self.runs):
-            at_grad = self.grads.data_ptr() + run * self.coordinates * FLOAT
-            at_planes = rows.data_ptr() + run * width * FLOAT
+            at_grad = address(self.grads) + run * self.coordinates * FLOAT
+            at_planes = address(rows) + run * width * FLOAT
             at_state = at_planes + first * FLOAT
             for size in sizes:
                 if size:
-                    table.append((0, at_grad, at_planes, taken.data_ptr(), size))
+                    table.append((0, at_grad, at_planes, address(taken), size))
                     levels.append((at_state, run))
                 at_grad += size * FLOAT
                 at_planes += size * rule.state_planes * FLOAT
@@ -172,13 +177,13 @@ class Window:
         window_kernels.levels_backward[(count,)](
             tensors, levels, new_levels, meta, hidden, plan.flags, replay.sums[place],
             replay.inverse_rms[place], self.products, *self.d_levels, *self.between, self.down,
-            self.work, self.level_partials, count, self.count, float(self.coordinates),
+            self.work, self.level_partials, count, self.count, float(self.coordinates), self.lr,
             META=self.level_partials.shape[1], TENSORS=config.tensors, ROWS=config.rows,
             **sizes, **options,
         )  # fmt: skip
         window_kernels.sweep_backward[(self.programs,)](
             tensors, d_tensors, levels, plan.chunks, meta, self.down, self.adjoint, self.step_sums,
-            self.partials, self.scratch, chunks, self.programs, config.chunk, self.lr,
+            self.partials, self.scratch, chunks, self.programs, config.chunk,
             BLOCK=self.config.block, num_warps=1, num_stages=1, enable_fp_fusion=True, **sizes,
         )  # fmt: skip
         window_kernels.injected_backward[(count,)](
@@ -252,7 +257,7 @@ class Window:
         total = of_centred.view(by_run).sum(dim=1, keepdim=True)
         rates = -total * (numels.to(d_state.dtype) / self.coordinates)
         tails = torch.cat((of_states, rates.reshape(-1, 1)), dim=1)
-        first = self.replay.plan.levels[: self.count, 0] - self.replay.rows.data_ptr()
+        first = self.replay.plan.levels[: self.count, 0] - address(self.replay.rows)
         places = first[:, None] // FLOAT + torch.arange(tails.shape[1], device=first.device)
         d_state[:, places.reshape(-1)] = tails.view(self.runs, -1)
         d_state[:, -self.rule.global_size :] = of_hidden.view(*by_run, -1).sum(dim=1)

@@ -81,7 +81,7 @@ def advance_adjoint(
 def levels_backward(
     tensors, levels, new_levels, meta, hidden, flags, partials, inverse_rms, products,
     d_state, d_hidden, d_centred, d_state_out, d_hidden_out, down_rows, work_rows, d_meta,
-    tensors_total, count, coordinates,
+    tensors_total, count, coordinates, lr,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, META: tl.constexpr,
     TENSORS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -179,12 +179,13 @@ def levels_backward(
     mean = mean_log_rate(tensors, levels, flags, problem, tensors_total, T, TENSORS, False)
     tl.store(rates + 2, mean)
     tl.store(rates + 3, root)
+    tl.store(rates + 4, lr)
 
 
 @triton.jit(do_not_specialize=["chunks_total", "programs", "chunk"])
 def sweep_backward(
     tensors, d_tensors, levels, chunks, meta, down_rows, adjoint, step_sums, partials, scratch,
-    chunks_total, programs, chunk, lr,
+    chunks_total, programs, chunk,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The parameters back by a step: planes' gradients in place, in the table `d_tensors`.
@@ -216,7 +217,7 @@ def sweep_backward(
             )  # fmt: skip
             backward_tile(
                 tensors + tensor * 5, d_tensors + tensor * 5,
-                adjoint + tl.load(levels + tensor * 5 + 2) + start, start, left, lr, meta,
+                adjoint + tl.load(levels + tensor * 5 + 2) + start, start, left, meta,
                 down_rows + tensor * down("all", P, S), work, P, T, G, S, BLOCK,
             )  # fmt: skip
             add_gradients(partial, step_sums + chunk_number * SUMS, work, P, T, G, S, BLOCK)

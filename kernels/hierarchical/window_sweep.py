@@ -75,10 +75,10 @@ def down(name, P, S):
 
     d_means: gradients of the new h and of the features by the tensor's means; biases: of the
     parameter GRU, with what is injected; rates: mean(y' y), what is added to the gradient of the
-    new log rate, the problem's mean log rate, 1 / rms.
+    new log rate, the problem's mean log rate, 1 / rms, lr.
     """
     width = 3 * S + P
-    return place(name, (("d_means", width), ("biases", 3 * P), ("rates", 4)))
+    return place(name, (("d_means", width), ("biases", 3 * P), ("rates", 5)))
 
 
 @triton.jit(noinline=True)
@@ -154,7 +154,7 @@ def reset_rows(work, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(noinline=True)
 def readouts_backward(
-    adjoint, planes, d_planes, numel, left, lr, meta, down_at, work,
+    adjoint, planes, d_planes, numel, left, meta, down_at, work,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the update and the state after the step to the gates.
@@ -190,7 +190,7 @@ def readouts_backward(
     rates = down_at + down("rates", P, S)
     inverse_rms = tl.load(rates + 3)
     scale = tl.exp(eta + tl.load(meta + cells.offset("log_rate_offset", P, T, G, S)))
-    upstream = scale * (lr * tl.load(adjoint + lane, valid, 0.0))
+    upstream = scale * (tl.load(rates + 4) * tl.load(adjoint + lane, valid, 0.0))
     y = d * inverse_rms
     through_step = -upstream * y
     d_direction = tl.where(valid, -(upstream + y * tl.load(rates)) * inverse_rms, 0.0)

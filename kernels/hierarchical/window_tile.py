@@ -63,7 +63,7 @@ def forward_tile(
 
 @triton.jit(noinline=True)
 def backward_tile(
-    tensor, d_tensor, adjoint, start, left, lr, meta, down_at, work,
+    tensor, d_tensor, adjoint, start, left, meta, down_at, work,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the planes before the step in place of those after it, and of the gates."""
@@ -72,7 +72,7 @@ def backward_tile(
     d_in = work + row("d_in", P, S) * BLOCK
     readouts_backward(
         adjoint, address(tensor, 0, 2, tl.float32) + start,
-        address(d_tensor, 0, 2, tl.float32) + start, tl.load(tensor + 4), left, lr, meta, down_at,
+        address(d_tensor, 0, 2, tl.float32) + start, tl.load(tensor + 4), left, meta, down_at,
         work, P, T, G, S, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()

@@ -1,0 +1,57 @@
+"""The hierarchical rule's Triton window backward, interpreted; run by its Triton tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastl2o
+from fastl2o import HierarchicalRule, ops
+from kernels.hierarchical import window
+from kernels.hierarchical.config import WindowConfig
+from tests import gpu_common
+from tests.test_hierarchical_ops import window_gradient_is_that_of_autograd
+from tests.test_hierarchical_rule import make
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill working memory with NaN before the kernels run."""
+    gpu_common.poison_new_empty(monkeypatch)
+
+
+def test_the_first_step_of_a_run() -> None:
+    window_gradient_is_that_of_autograd(1, True, 0, "triton")
+
+
+def test_a_window_without_gradients_after_its_last_step() -> None:
+    window_gradient_is_that_of_autograd(2, False, 3, "triton")
+
+
+def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three steps in segments of two and one; three tiles a run for two programs.
+    config = WindowConfig(block=16, programs=2, segment=2, segments=2)
+    monkeypatch.setattr(window, "window_config", lambda row, steps: config)
+    window_gradient_is_that_of_autograd(3, True, 0, "triton")
+
+
+def test_empty_windows() -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    state = rule.init_runs(torch.zeros(2, 3), (3,))
+    with fastl2o.backend("triton"):
+        d_meta, d_state = ops.unroll_backward(
+            rule, torch.ones(1, 2, 3), state, torch.ones(1, 2), steps=0, sizes=(3,)
+        )
+    assert not d_meta.any()
+    assert not d_state.any()
+    assert d_state.shape == state.shape
+
+
+def test_sizes_without_kernels_are_refused() -> None:
+    rule = HierarchicalRule(param_size=17)
+    state = rule.init_runs(torch.zeros(1, 3), (3,))
+    with (
+        fastl2o.backend("triton"),
+        pytest.raises(RuntimeError, match="param_size up to 16, not 17"),
+    ):
+        ops.unroll_backward(rule, torch.ones(2, 1, 3), state, torch.ones(2, 1), steps=1, sizes=(3,))
