@@ -37,10 +37,10 @@ def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_empty_windows() -> None:
     rule = make(3, 4, 5, 2, dtype=torch.float32)
-    state = rule.init_runs(torch.zeros(2, 3), (3,))
+    state = rule.init_runs(torch.zeros(2, 0), (0,))
     with fastl2o.backend("triton"):
         d_meta, d_state = ops.unroll_backward(
-            rule, torch.ones(1, 2, 3), state, torch.ones(1, 2), steps=0, sizes=(3,)
+            rule, torch.ones(1, 2, 0), state, torch.ones(1, 2), steps=1, sizes=(0,)
         )
     assert not d_meta.any()
     assert not d_state.any()
