@@ -182,7 +182,7 @@ def unroll_backward(
             return _default_unroll({**named, "rule": rule})
         if chosen == "triton" and grads.device.type == "cpu":  # its interpreter
             named = dict(zip(_UNROLL_NAMES, arguments, strict=True))
-            _check_unroll(rule, named)
+            gpu.check_unroll(rule, named)
             return gpu.unroll_backward(chosen, rule, named)
         d_meta, d_state = _UNROLL(*arguments)
     return d_meta, d_state
@@ -340,36 +340,6 @@ def _default_unroll(named: Named) -> tuple[Tensor, Tensor]:
     return d_meta, d_state
 
 
-def _check_unroll(rule: HierarchicalRule, named: Named) -> None:
-    """What kernels that get raw pointers need."""
-    grads, steps, sizes = named["grads"], named["steps"], list(named["sizes"])
-    if grads.dim() != 3 or steps < 0 or grads.shape[0] not in (steps, steps + 1):
-        raise ValueError(
-            f"grads: expected shape (K, R, D) with K = steps or steps + 1, got "
-            f"{tuple(grads.shape)} with steps = {steps}"
-        )
-    if sum(sizes) != grads.shape[2] or min(sizes, default=0) < 0:
-        raise ValueError(
-            f"sizes: expected numbers of coordinates that add up to {grads.shape[2]}, got {sizes}"
-        )
-    shapes = {
-        "grads": grads.shape,
-        "state": rule.runs_shape(grads.shape[1], sizes),
-        "loss_weights": grads.shape[:2],
-        "meta": (rule.num_meta_parameters,),
-    }
-    for name, shape in shapes.items():
-        given: Tensor = named[name]
-        same = (torch.float32, grads.device)
-        if (given.dtype, given.device) != same or not given.is_contiguous():
-            raise ValueError(
-                f"{name}: expected contiguous float32 on {grads.device}, got {given.dtype} with "
-                f"strides {given.stride()} on {given.device}"
-            )
-        if given.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(given.shape)}")
-
-
 def _fake_unroll(named: Named) -> tuple[Tensor, Tensor]:
     return torch.empty_like(named["meta"]), torch.empty_like(named["state"])
 
@@ -397,5 +367,7 @@ _UNROLL, _UNROLL_NAMES = _define(
     f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay) -> (Tensor, Tensor)",
     _default_unroll,
     _fake_unroll,
-    gpu.dispatched(gpu.unroll_backward, gpu.unroll_refusal, _rule, _check_unroll, _default_unroll),
+    gpu.dispatched(
+        gpu.unroll_backward, gpu.unroll_refusal, _rule, gpu.check_unroll, _default_unroll
+    ),
 )

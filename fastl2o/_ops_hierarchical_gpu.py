@@ -91,6 +91,36 @@ def _each_problem(named: Named) -> Iterator[Named]:
             yield {**named, **lists, "problems": [], "global_states": hidden, "meta": meta}
 
 
+def check_unroll(rule: HierarchicalRule, named: Named) -> None:
+    """What kernels that get raw pointers need."""
+    grads, steps, sizes = named["grads"], named["steps"], list(named["sizes"])
+    if grads.dim() != 3 or steps < 0 or grads.shape[0] not in (steps, steps + 1):
+        raise ValueError(
+            f"grads: expected shape (K, R, D) with K = steps or steps + 1, got "
+            f"{tuple(grads.shape)} with steps = {steps}"
+        )
+    if sum(sizes) != grads.shape[2] or min(sizes, default=0) < 0:
+        raise ValueError(
+            f"sizes: expected numbers of coordinates that add up to {grads.shape[2]}, got {sizes}"
+        )
+    shapes = {
+        "grads": grads.shape,
+        "state": rule.runs_shape(grads.shape[1], sizes),
+        "loss_weights": grads.shape[:2],
+        "meta": (rule.num_meta_parameters,),
+    }
+    for name, shape in shapes.items():
+        given: Tensor = named[name]
+        same = (torch.float32, grads.device)
+        if (given.dtype, given.device) != same or not given.is_contiguous():
+            raise ValueError(
+                f"{name}: expected contiguous float32 on {grads.device}, got {given.dtype} with "
+                f"strides {given.stride()} on {given.device}"
+            )
+        if given.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(given.shape)}")
+
+
 def unroll_backward(
     backend: str, rule: HierarchicalRule, named: Named
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -170,6 +170,23 @@ def reset_derivatives(reset, h, d):
     return d * h * (e * r * r), d * r
 
 
+@triton.jit
+def chunk_sums(
+    partials, levels, tensor, SUMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr
+):
+    """SUMS numbers of a tensor's chunks added in their order in float64, `(LANES,)`."""
+    lane = tl.arange(0, LANES)
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros((LANES,), tl.float64)
+    last = tl.load(levels + tensor * 5 + 4)
+    for first in range(tl.load(levels + tensor * 5 + 3), last, ROWS):
+        number = first + row
+        mask = (number < last)[:, None] & (lane < SUMS)[None, :]
+        part = tl.load(partials + number[:, None] * SUMS + lane[None, :], mask, 0.0)
+        sums += tl.sum(part.to(tl.float64), 0)
+    return sums
+
+
 @triton.jit(noinline=True)
 def gru_backward(weights, d_weights, write, xh, injected, d_next, d_xh, d_bias, inputs, hidden,
                  PADDED_H: tl.constexpr, PADDED_WIDTH: tl.constexpr):  # fmt: skip

@@ -257,23 +257,6 @@ def sweep(
         tl.store(partials + number * SUMS + sum_index, sums, sum_index < SUMS)
 
 
-@triton.jit
-def chunk_sums(
-    partials, levels, tensor, SUMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr
-):
-    """SUMS numbers of a tensor's chunks added in their order in float64, `(LANES,)`."""
-    lane = tl.arange(0, LANES)
-    row = tl.arange(0, ROWS)
-    sums = tl.zeros((LANES,), tl.float64)
-    last = tl.load(levels + tensor * 5 + 4)
-    for first in range(tl.load(levels + tensor * 5 + 3), last, ROWS):
-        number = first + row
-        mask = (number < last)[:, None] & (lane < SUMS)[None, :]
-        part = tl.load(partials + number[:, None] * SUMS + lane[None, :], mask, 0.0)
-        sums += tl.sum(part.to(tl.float64), 0)
-    return sums
-
-
 @triton.jit(do_not_specialize=["chunks_total"])
 def tensor_level(
     tensors, levels, meta, hidden, partials, inverse_rms, found_inf, flags,
@@ -292,7 +275,7 @@ def tensor_level(
         numel = tl.zeros_like(numel)
     if numel > 0:
         lane = tl.arange(0, LANES)
-        sums = chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS)
+        sums = cells.chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS)
         means = (sums / numel.to(tl.float64)).to(tl.float32)
         square = tl.sum(tl.where(lane == P + F, means, 0.0), 0)
         tl.store(inverse_rms + tensor, tl.div_rn(1.0, tl.sqrt_rn(square + 1e-16)))

@@ -142,9 +142,9 @@ class Window:
         raw, sums, inverse_rms = replay.raw[place], replay.sums[place], replay.inverse_rms[place]
         step_kernels.sweep[(programs,)](
             tensors, levels, plan.chunks, meta, hidden, plan.injected, raw, sums, meta, meta,
-            plan.flags, count, chunks, programs, config.chunk, 1.0, PARAM=tl.float32,
+            plan.flags, count, chunks, programs, config.chunk, 1.0, 0, 0, PARAM=tl.float32,
             PLANES=tl.float32, BLOCK=config.block, TENSORS=config.tensors, HAS_SCALE=False,
-            num_warps=config.warps, enable_fp_fusion=True, **sizes, **flagged,
+            STOCHASTIC=False, num_warps=config.warps, enable_fp_fusion=True, **sizes, **flagged,
         )  # fmt: skip
         step_kernels.tensor_level[(count,)](
             tensors, levels, meta, hidden, sums, inverse_rms, meta, plan.flags, ROWS=config.rows,

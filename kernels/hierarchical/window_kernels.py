@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..lstm.cells import number
 from . import cells
-from .step_kernels import chunk_sums, inject, mean_log_rate, state_of
+from .step_kernels import inject, mean_log_rate, state_of
 from .window_sweep import down, place, row
 from .window_tile import add_gradients, backward_tile, forward_tile
 
@@ -137,7 +137,7 @@ def levels_backward(
     d_old_z = tl.where(tensor == first, cells.load_vector(d_xh + T, G, PG), 0.0)
 
     numel = tl.load(tensors + tensor * 5 + 4).to(tl.float64)
-    means = (chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS) / numel).to(tl.float32)
+    means = (cells.chunk_sums(partials, levels, tensor, SUMS, LANES, ROWS) / numel).to(tl.float32)
     k = cells.load_vector(state_of(levels, tensor), T, PT)
     weights = meta + cells.offset("global_to_tensor", P, T, G, S)
     bias = meta + cells.offset("global_to_tensor_bias", P, T, G, S)
@@ -171,7 +171,7 @@ def levels_backward(
         meta, state_of(levels, tensor), hidden + problem * G, own_down + down("biases", P, S),
         P, T, G, S,
     )  # fmt: skip
-    product = tl.sum(chunk_sums(products, levels, tensor, 1, 1, ROWS), 0)
+    product = tl.sum(cells.chunk_sums(products, levels, tensor, 1, 1, ROWS), 0)
     root = tl.load(inverse_rms + tensor)
     rates = own_down + down("rates", P, S)
     tl.store(rates, (product * root.to(tl.float64) / numel).to(tl.float32))
@@ -237,7 +237,7 @@ def injected_backward(
     tensor = tl.program_id(0).to(tl.int64)
     own = d_meta + tensor * META
     lane, unit, out = tl.arange(0, LANES), tl.arange(0, PT), tl.arange(0, PG)
-    sums = chunk_sums(step_sums, levels, tensor, RANK + 1, LANES, ROWS).to(tl.float32)
+    sums = cells.chunk_sums(step_sums, levels, tensor, RANK + 1, LANES, ROWS).to(tl.float32)
     tl.store(d_centred + tensor, tl.sum(tl.where(lane == RANK, sums, 0.0), 0))
     d = tl.where(lane < RANK, sums, 0.0)
     k = cells.load_vector(state_of(levels, tensor), T, PT)
