@@ -1,11 +1,13 @@
 // The CPU kernels of the fastl2o ops, against the LibTorch stable ABI. Schemas, fakes, autograd and
 // the plain-torch default of each op live in Python (fastl2o/ops.py); this registers the CPU key.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu_tensor_args.h"
+#include "nonfinite.h"
 
 namespace {
 
@@ -185,6 +187,23 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
   return {d_meta, d_state};
 }
 
+// `found`: the index of the first gradient that holds NaN or Inf, or -1.
+void first_nonfinite_(std::vector<Tensor> grads, Tensor found) {
+  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Long && found.numel() == 1,
+                  "found must be one int64 number");
+  std::vector<fastl2o::cpu::Gradient> parts;
+  parts.reserve(grads.size());
+  for (const Tensor& grad : grads) {
+    STD_TORCH_CHECK(grad.is_contiguous(), "grads must be contiguous");
+    parts.push_back(
+        {grad.const_data_ptr(), grad.numel(), fastl2o::dtype_of(grad.scalar_type(), "grads")});
+  }
+  const std::vector<bool> bad = fastl2o::cpu::find_nonfinite(parts, parallel_for);
+  const auto first = std::find(bad.begin(), bad.end(), true);
+  *static_cast<int64_t*>(found.mutable_data_ptr()) =
+      first == bad.end() ? -1 : int64_t(first - bad.begin());
+}
+
 #include "ops_registration.inl"
 
 std::string cpu_capability() { return fastl2o::cpu::kernel_name(fastl2o::cpu::best_kernels()); }
@@ -206,4 +225,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastl2o, CPU, m) {
   m.impl("rnnprop_step", TORCH_BOX(&rnnprop_step));
   m.impl("rnnprop_step_backward", TORCH_BOX(&rnnprop_step_backward));
   m.impl("rnnprop_unroll_backward", TORCH_BOX(&rnnprop_unroll_backward));
+  m.impl("first_nonfinite_", TORCH_BOX(&first_nonfinite_));
 }

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
+from . import ops
+from ._ops_nonfinite import scratch
 from ._optim_attention import lr_changed
 from ._optim_shards import local, nonfinite_flags
 from ._optim_state import describe_param
@@ -41,7 +42,7 @@ def refuse(plan: Plan, groups: Groups, grads: list[Tensor], to_check: list[int])
     """
     split = set(plan.split)
     whole = [i for i in to_check if i not in split]
-    if whole and first_nonfinite([grads[i] for i in whole]) is not None:
+    if whole and first_nonfinite([grads[i] for i in whole], plan.found) is not None:
         raise_nonfinite(plan, groups, grads)
     parts = [i for i in to_check if i in split]
     if not parts:
@@ -54,14 +55,16 @@ def refuse(plan: Plan, groups: Groups, grads: list[Tensor], to_check: list[int])
     return frozenset(bad)
 
 
-def first_nonfinite(grads: list[Tensor]) -> int | None:
-    """Return the index of the first gradient that holds NaN or Inf, or None."""
+def first_nonfinite(grads: list[Tensor], found: Tensor | None = None) -> int | None:
+    """Return the index of the first gradient that holds NaN or Inf, or None.
+
+    Args:
+        grads: gradients, also complex ones and DTensors, of which this rank's parts count.
+        found: kept scratch; made anew where it is None.
+    """
     grads = [local(grad) for grad in grads]
     real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
-    filled = [g for g in real if g.numel()]
-    if not filled or get_total_norm(filled, norm_type=float("inf")).isfinite():
-        return None
-    return next(i for i, g in enumerate(real) if not g.isfinite().all())
+    return ops.first_nonfinite(real, scratch() if found is None else found)
 
 
 def raise_nonfinite(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops_nonfinite import scratch
 from ._optim_problem import global_problem, new_global, problem_key, problem_names
 from ._optim_shards import is_split, local, placement_problem
 from ._optim_state import (
@@ -119,6 +120,7 @@ class Plan:
     states: list[dict[str, Any]] = field(default_factory=list)  # of the active parameters
     planes: list[Tensor] = field(default_factory=list)
     irregular: list[int] = field(default_factory=list)
+    found: Tensor = field(default_factory=scratch)  # for looking for NaN and Inf
 
     def fits(self, grads: list[Tensor], state: State) -> bool:
         """Whether the tensors are still what the buckets were built from.

@@ -21,6 +21,7 @@ from . import _ops_gpu, backends
 from . import _ops_hierarchical as hierarchical
 from . import _ops_reference as reference
 from ._ops_families import FAMILIES
+from ._ops_nonfinite import first_nonfinite as first_nonfinite
 from ._rounding import check_seed
 from .rules import CoordinateRule, HierarchicalRule, Rule
 
