@@ -2,6 +2,7 @@
 #
 #   make demo     train a classifier with the shipped learned optimizer and with tuned hand-designed ones
 #   make test     lint, types, build, tests (what CI runs)
+#   make test-torch   torch's own optimizer test machinery over fastl2o's optimizers (about two minutes)
 #   make build    the compiled parts in place        make bench            microbenchmarks
 #   make lint     checks of the sources              make format           rewrites them
 #   make wheel    sdist and one abi3 wheel in dist/  make clean            removes what was built
@@ -28,13 +29,17 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 
 export FASTL2O_WERROR := 1
 
-.PHONY: demo test build bench lint format types wheel clean
+.PHONY: demo test test-torch build bench lint format types wheel clean
 
 demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
 
 test: lint types build
 	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# A file of its own name, so that `make test` does not collect it.
+test-torch: $(DEV_STAMP) $(OPS_STAMP)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS) tests/torch_machinery/battery.py
 
 build: $(OPS_STAMP) $(CORE_STAMP)
 

@@ -96,7 +96,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     lr = options.get("lr", 1.0)
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"Invalid lr: tensor of shape {tuple(lr.shape)}. Give one element")
+            raise ValueError(
+                f"Invalid lr: tensor of shape {tuple(lr.shape)}. Tensor lr must be 1-element"
+            )
         if options.get("foreach") and not options.get("capturable"):
             raise ValueError(
                 "lr as a Tensor is not supported for capturable=False and foreach=True"
@@ -135,11 +137,11 @@ def _check_rounding(options: Mapping[str, Any], state_dtype: torch.dtype) -> Non
 
 def check_flags(options: Mapping[str, Any]) -> None:
     """Raise RuntimeError for a pair of implementation flags that exclude each other."""
-    chosen = [name for name in ("foreach", "fused", "differentiable") if options.get(name)]
-    if len(chosen) > 1:
-        raise RuntimeError(
-            f"`{chosen[0]}` and `{chosen[1]}` cannot be `True` together. Keep one of them"
-        )
+    if options.get("fused") and options.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together. Keep one of them")
+    for name in ("fused", "foreach"):
+        if options.get(name) and options.get("differentiable"):
+            raise RuntimeError(f"`{name}` does not support `differentiable`. Keep one of them")
 
 
 def as_float(number: float | Tensor) -> float:

@@ -283,26 +283,6 @@ def test_window_arguments_are_checked() -> None:
         ops.step(rule, grads[0], state)  # type: ignore[arg-type]
 
 
-def test_opcheck() -> None:
-    rule = make(3, 4, 5, 2, dtype=torch.float32)
-    flat, config = rule.flat_buffer(torch.device("cpu"), torch.float32), (3, 4, 5, 2)
-    mine = Problem(rule, [(9,), (4, 2)])
-    levels = (mine.tensors, mine.steps, mine.hidden, [])
-    rates = ([1.0, 0.5], [0.0, 0.1])
-    check, library = torch.library.opcheck, torch.ops.fastl2o
-    grads = mine.draw()
-    lists = (mine.params, grads, mine.planes, *levels, flat, *config)
-    check(library.hierarchical_step_, (*lists, *rates, False, 2))
-    sums, raw = torch.zeros((2, rule.num_sums), dtype=torch.float64), torch.zeros(17)
-    shared = (*levels, [9, 8], flat, *config)
-    check(library.hierarchical_sweep_, (grads, mine.planes, *shared, False, None, sums, raw))
-    sums[:, -2] = 1.0
-    check(library.hierarchical_finish_, (mine.params, *shared, *rates, sums, raw))
-    state = rule.init_runs(torch.zeros(2, 17), [9, 8])
-    window = (torch.randn(4, 2, 17), state, 0, flat, torch.ones(4, 2), 3, [9, 8], *config)
-    check(library.hierarchical_unroll_backward, (*window, 1.0, 0.1))
-
-
 @over_backends
 @pytest.mark.parametrize("sizes", RULES, ids=str)
 def test_rows_of_meta_parameters_step_each_problem_by_its_own(

@@ -29,33 +29,6 @@ from tests.common import (
 )
 
 
-@pytest.mark.parametrize("case", SMALL_RULE_CASES[:4], ids=str)
-def test_opcheck(case: RuleCase) -> None:
-    rule = case.make()
-    family = FAMILIES[rule.family]
-    config = family.arguments(rule)
-    generator = torch.Generator().manual_seed(1)
-    grad, state = torch.randn(2, 3), random_state(rule, (2, 3), generator)
-    meta = rule.flat_parameters().detach()
-    taken = (2,) if rule.needs_step else ()
-    needing = [tensor.clone().requires_grad_() for tensor in (grad, state, meta)]
-    torch.library.opcheck(family.step, (*needing[:2], *taken, needing[2], *config))
-    upstream = (torch.randn(2, 3), torch.randn_like(state))
-    torch.library.opcheck(family.step_backward, (*upstream, grad, state, *taken, meta, *config))
-    window = (torch.randn(4, 2, 3), state, *taken, meta, torch.rand(4, 2), 3, *config, 0.7, 0.1)
-    torch.library.opcheck(family.unroll_backward, window)
-    lists = [
-        [torch.randn(2), torch.randn(3)],
-        [torch.randn(2), torch.randn(3)],
-        [random_state(rule, (2,), generator), random_state(rule, (3,), generator)],
-    ]
-    if rule.needs_step:
-        lists.append([torch.tensor(0.0), torch.tensor(5.0)])
-    torch.library.opcheck(family.step_, (*lists, meta, *config, 0.5, 0.1, True, 2))
-    scaled = (*lists, meta, *config, 0.5, 0.1, False, 1, torch.tensor([4.0]), torch.tensor([0.0]))
-    torch.library.opcheck(family.step_, scaled)
-
-
 @over_small_rules
 def test_fakes_give_shapes_without_values(case: RuleCase) -> None:
     rule = case.make()
