@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from ._optim_attention import follow_lr, refuse_evaluating, set_evaluating
+from ._optim_capture import refuse_capture
 from ._optim_differentiable import differentiable_step
 from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
@@ -69,7 +70,9 @@ class LearnedOptimizer(Optimizer):
             state_dict holds, decide the random bits, the same on every backend.
         foreach, fused: True or None use the list kernels of the current
             :func:`fastl2o.backend`, False (without the other) the reference loop.
-        capturable: kept for torch's sake; a step on the CPU has nothing to capture.
+        capturable: allow the step to be captured in a CUDA graph, after one step outside of it and
+            with ``nonfinite`` other than "raise"; replays use the numbers (``lr`` and so on) that
+            were captured. A step on the CPU has nothing to capture and works with either value.
         differentiable: let autograd run through the step, also to the rule's meta-parameters; a
             hierarchical rule then steps in plain torch.
 
@@ -196,6 +199,7 @@ class LearnedOptimizer(Optimizer):
         self._plan = plan
         if not grads:
             return
+        refuse_capture(type(self).__name__, plan.active, groups)
         amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         first_step = bool(plan.missing)
         to_check = unchecked(plan, groups)

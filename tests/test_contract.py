@@ -282,19 +282,6 @@ def test_flags_choose_the_list_kernels_or_the_reference_loop(
     assert seen == [backend_used]
 
 
-@mirrors("peak_memory_foreach")
-@on_kernels
-@pytest.mark.parametrize("case", RANDOM, ids=repr)
-def test_kernel_steps_allocate_nothing_after_the_first(case: OptimizerCase) -> None:
-    params = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(20)]
-    optimizer = LearnedOptimizer(params, case.rule(LR))
-    run_steps(optimizer, 2)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        optimizer.step()
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
-    assert allocated <= 1024
-
-
 @mirrors("fused_does_not_step_if_foundinf")
 @pytest.mark.parametrize("first_step", [True, False], ids=["first", "later"])
 @by_rule
@@ -339,8 +326,8 @@ def test_zero_gradients(case: OptimizerCase) -> None:
     LearnedOptimizer(params, rule, lr=0.0, weight_decay=1.0).step()
     assert all(map(torch.equal, params, before))
     LearnedOptimizer(params, rule).step()
-    if "step_is_noop_for_zero_grads" not in case.exempt:
-        assert all(map(torch.equal, params, before))
+    is_noop = all(map(torch.equal, params, before))
+    assert is_noop == ("step_is_noop_for_zero_grads" not in case.exempt)
     if not isinstance(rule, CoordinateRule):
         return  # its steps are compared in test_hierarchical_ops.py
     exact = copy.deepcopy(rule).double()
