@@ -39,7 +39,7 @@ test: lint types build
 
 # A file of its own name, so that `make test` does not collect it.
 test-torch: $(DEV_STAMP) $(OPS_STAMP)
-	$(PY) -m pytest -n auto $(PYTEST_ARGS) tests/torch_machinery/battery.py
+	$(PY) -m pytest -n auto $(PYTEST_ARGS) tests/torch_machinery/battery.py tests/torch_machinery/large.py
 
 build: $(OPS_STAMP) $(CORE_STAMP)
 
