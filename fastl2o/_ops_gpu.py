@@ -78,9 +78,19 @@ def refusal(backend: str, rule: Any, device: torch.device) -> str:
     return ""
 
 
-def objections(rule: Any, device: torch.device) -> Callable[[str], str]:
-    """`refusal` as a function of the backend, for `backends.choose`."""
-    return lambda backend: refusal(backend, rule, device)
+def objections(rule: Any, device: torch.device, *lists: Sequence[Tensor]) -> Callable[[str], str]:
+    """`refusal` as a function of the backend, for `backends.choose`.
+
+    Args:
+        rule, device: what is to run, and where.
+        lists: params and states of the in-place step, each of one dtype on a GPU.
+    """
+
+    def refuses(backend: str) -> str:
+        on_gpu = lists and backend in ("cuda", "triton")
+        return refusal(backend, rule, device) or (one_dtype(*lists) if on_gpu else "")
+
+    return refuses
 
 
 def one_dtype(params: Sequence[Tensor], states: Sequence[Tensor]) -> str:

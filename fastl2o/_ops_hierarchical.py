@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ def step_(
     if dtype not in (torch.float32, torch.bfloat16):
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(gpu.step_refusal, rule, params[0].device)
-    chosen = backends.choose(params[0].device, unsupported, refuses=refuses)
-    wide = torch.promote_types(dtype, torch.float32)
     device = params[0].device
+    refuses = gpu.objections(gpu.step_refusal, rule, device)
+    chosen = backends.choose(device, unsupported, refuses)
+    wide = torch.promote_types(dtype, torch.float32)
     if meta is None:
         meta = rule.flat_buffer(device, wide)
     else:
@@ -95,11 +96,12 @@ def step_(
         *([float(x) for x in lr], [float(x) for x in weight_decay], maximize, mode),
         *(grad_scale, found_inf, rounding_seed),
     )
-    with torch.no_grad():
-        named = dict(zip(_STEP_NAMES, arguments, strict=True))
+    # entering no_grad again costs more than asking
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if chosen == "reference":
-            _default_step_({**named, "rule": rule})
-        elif chosen == "triton" and params[0].device.type == "cpu":  # its interpreter
+            _default_step_({**dict(zip(_STEP_NAMES, arguments, strict=True)), "rule": rule})
+        elif chosen == "triton" and device.type == "cpu":  # its interpreter
+            named = dict(zip(_STEP_NAMES, arguments, strict=True))
             _check_step(rule, named)
             gpu.step_(chosen, rule, named)
         else:

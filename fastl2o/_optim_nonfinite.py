@@ -25,7 +25,10 @@ def unchecked(plan: Plan, groups: Groups) -> list[int]:
     tensors; other buckets would come too late, and states must not be created first. Nor can an op
     know of the gradients that other ranks hold parts of, whether to raise or to skip.
     """
-    if plan.missing or lr_changed(groups):
+    moved = plan.missing or lr_changed(groups)
+    if not moved and len(plan.buckets) == 1 and not plan.split:
+        return []
+    if moved:
         indices = list(range(len(plan.active)))
     else:
         indices = [i for bucket in plan.buckets[1:] for i in bucket.where]

@@ -29,6 +29,8 @@ class Amp(NamedTuple):
 
     def on(self, device: torch.device) -> Amp:
         """Return the same on another device."""
+        if self.grad_scale is None and self.found_inf is None:
+            return self
         return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 

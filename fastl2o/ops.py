@@ -13,6 +13,7 @@ hierarchical rule, which takes tensors together, is in `_ops_hierarchical.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -119,13 +120,8 @@ def step_(
         unsupported = (
             f"its step takes state in float32 or bfloat16, not {state_dtype}: convert the state"
         )
-    if device.type == "cuda" or backends.requested() in ("triton", "cuda"):
-        unsupported = unsupported or _ops_gpu.one_dtype(params, states)
-    chosen = backends.choose(
-        device,
-        unsupported,
-        refuses=_ops_gpu.objections(rule, device),
-    )
+    refuses = _ops_gpu.objections(rule, device, params, states)
+    chosen = backends.choose(device, unsupported, refuses)
     wide = torch.float64 if state_dtype == torch.float64 else torch.float32
     in_reference = chosen == "reference" or family is None
     if meta is None:
@@ -151,7 +147,8 @@ def step_(
         return
     lists = (params, grads, states, steps) if rule.needs_step else (params, grads, states)
     options = (lr, weight_decay, maximize, mode, grad_scale, found_inf, rounding_seed)
-    with torch.no_grad():
+    # entering no_grad again costs more than asking
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if chosen == "triton" and device.type == "cpu":
             _ops_gpu.interpreted_step_(rule, *lists, meta, *options)
         else:

@@ -185,12 +185,13 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         if self.defaults["differentiable"]:
             differentiable_step(self.param_groups, self.state)
+        elif torch.compiler.is_compiling():
+            # it breaks the graph at step(), but would go on to trace the planning
+            torch.compiler.disable(self._step_lists)()
         else:
             self._step_lists()
         return loss
 
-    # torch.compile breaks the graph at step(); without this it would go on to trace the planning
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_lists(self) -> None:
         groups = self.param_groups
         self._check_assigned_options()
@@ -210,7 +211,7 @@ class LearnedOptimizer(Optimizer):
             and amp.found_inf.item() != 0
         ):
             return
-        skipped = refuse(plan, groups, grads, to_check)
+        skipped = refuse(plan, groups, grads, to_check) if to_check else frozenset[int]()
         follow_lr(groups, self.state)
         known = set(self.state) if first_step else set()
         try:

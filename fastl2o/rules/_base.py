@@ -47,6 +47,7 @@ class Rule(nn.Module, abc.ABC):
         self._layout: tuple[tuple[str, torch.Size], ...] = ()
         self._tables: list[dict[str, Any]] | None = None
         self._flat: tuple[Tensor, list[Tensor]] | None = None
+        self._pieces: tuple[list[int], list[Tensor]] = ([], [])
 
     # What a family defines
     # ------------------------------------------------------------------------------------------
@@ -154,12 +155,31 @@ class Rule(nn.Module, abc.ABC):
             flat = torch.empty(self.num_meta_parameters, dtype=dtype, device=device)
             self._flat = (flat, list(self.unflatten(flat).values()))
         buffer, views = self._flat
+        parameters = [parameter for table in self._tables for parameter in table.values()]
         # Entering no_grad a second time costs as much as a quarter of the copy.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            torch._foreach_copy_(
-                views, [parameter for table in self._tables for parameter in table.values()]
-            )
+            pieces = self._joinable(parameters, buffer)
+            if pieces:
+                torch.cat(pieces, out=buffer)
+            else:
+                torch._foreach_copy_(views, parameters)
         return buffer
+
+    def _joinable(self, parameters: list[Tensor], buffer: Tensor) -> list[Tensor]:
+        """Flat views of the meta-parameters for one `cat`, quicker than many copies.
+
+        Empty where they are not alike. Views are kept while addresses stay; they hold on to their
+        memory, so that no other can come to lie there.
+        """
+        if buffer.device.type != "cpu" or not all(map(Tensor.is_contiguous, parameters)):
+            return []
+        addresses = list(map(Tensor.data_ptr, parameters))
+        if addresses != self._pieces[0]:
+            same = all(p.dtype == buffer.dtype and p.device == buffer.device for p in parameters)
+            views = [p.detach().view(-1) for p in parameters] if same else []
+            self._pieces = (addresses, views)
+        pieces = self._pieces[1]
+        return pieces if pieces and pieces[0].dtype == buffer.dtype else []
 
     # Files, copies, printing
     # ----------------------------------------------------------------------------------------
@@ -173,7 +193,8 @@ class Rule(nn.Module, abc.ABC):
         save_rule(self, path, card)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": None, "_flat": None}  # scratch is not part of a copy
+        # scratch is not part of a copy
+        return {**self.__dict__, "_tables": None, "_flat": None, "_pieces": ([], [])}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
