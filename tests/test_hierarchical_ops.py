@@ -313,5 +313,7 @@ def test_rows_of_meta_parameters_step_each_problem_by_its_own(
             problem.step(rule, own)
     for number, (alone, other) in enumerate(zip(problems, together, strict=True)):
         other.hidden = hidden[number : number + 1]
+        # torch's matrix products round by where in memory their rows begin
+        exactly = {} if backend == "reference" else {"rtol": 0, "atol": 0}
         for one, two in zip(alone.everything(), other.everything(), strict=True):
-            torch.testing.assert_close(one, two, rtol=0, atol=0)
+            torch.testing.assert_close(one, two, **exactly)

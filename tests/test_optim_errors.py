@@ -43,11 +43,7 @@ BAD_OPTIONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"lr": torch.tensor(1j)}, ValueError, "Invalid lr: 1j"),
     ({"lr": "fast"}, ValueError, "Invalid lr: fast"),
     ({"lr": None}, ValueError, "Invalid lr: None"),
-    (
-        {"lr": torch.tensor([0.1, 0.2])},
-        ValueError,
-        r"Invalid lr: tensor of shape \(2,\).*1-element",
-    ),
+    ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "Invalid lr: -1"),
     ({"lr": torch.tensor(0.1), "foreach": True}, ValueError, "lr as a Tensor is not supported"),
     ({"weight_decay": -0.5}, ValueError, "Invalid weight_decay: -0.5"),
@@ -57,16 +53,8 @@ BAD_OPTIONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"state_dtype": torch.float16}, ValueError, "Invalid state_dtype: torch.float16.*bfloat16"),
     ({"state_dtype": "float32"}, ValueError, "Invalid state_dtype: float32"),
     ({"foreach": True, "fused": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
-    (
-        {"fused": True, "differentiable": True},
-        RuntimeError,
-        "`fused` does not support `differentiable`",
-    ),
-    (
-        {"foreach": True, "differentiable": True},
-        RuntimeError,
-        "`foreach` does not support `differentiable`",
-    ),
+    ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `diff"),
+    ({"foreach": True, "differentiable": True}, RuntimeError, "`foreach` does not support"),
 )
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastl2o.rules import FAMILIES, LSTMRule, RNNPropRule, Rule, _cells, from_config
+from fastl2o.rules import (
+    FAMILIES,
+    HierarchicalRule,
+    LSTMRule,
+    RNNPropRule,
+    Rule,
+    _cells,
+    from_config,
+)
 from tests.common import (
     GRADIENT_KINDS,
     RuleCase,
@@ -352,3 +360,28 @@ def test_bad_inputs_of_a_step_are_named() -> None:
         from_config("gru", {})
     with pytest.raises(ValueError, match="momentum"):
         LSTMRule.as_sgd(0.1, momentum=0.9, num_layers=0)
+
+
+def test_the_flat_buffer_follows_every_way_to_change_meta_parameters() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    cpu = torch.device("cpu")
+    square = next(p for p in rule.parameters() if p.dim() == 2 and p.shape[0] == p.shape[1] > 1)
+
+    def exchange(data: torch.Tensor) -> None:
+        square.data = data
+
+    changes = (
+        lambda: square.data.add_(1),  # leaves no trace in a version counter
+        lambda: exchange(square.data.clone() * 2),
+        lambda: exchange(square.data.t()),  # the same address, other strides
+        lambda: exchange(square.data.contiguous()),
+        lambda: rule.double(),
+        lambda: rule.float(),
+    )
+    for change in (lambda: None, *changes):
+        change()
+        expected = torch.cat([p.detach().float().reshape(-1) for p in rule.parameters()])
+        for _ in range(2):
+            assert torch.equal(rule.flat_buffer(cpu), expected)
+        assert torch.equal(rule.flat_buffer(cpu, torch.float64), expected.double())
+        assert torch.equal(rule.flat_buffer(cpu), expected)

@@ -175,11 +175,12 @@ class Rule(nn.Module, abc.ABC):
             return []
         addresses = list(map(Tensor.data_ptr, parameters))
         if addresses != self._pieces[0]:
-            same = all(p.dtype == buffer.dtype and p.device == buffer.device for p in parameters)
-            views = [p.detach().view(-1) for p in parameters] if same else []
+            alike = len({(p.dtype, p.device) for p in parameters}) == 1
+            views = [p.detach().view(-1) for p in parameters] if alike else []
             self._pieces = (addresses, views)
         pieces = self._pieces[1]
-        return pieces if pieces and pieces[0].dtype == buffer.dtype else []
+        fits = pieces and (pieces[0].dtype, pieces[0].device) == (buffer.dtype, buffer.device)
+        return pieces if fits else []
 
     # Files, copies, printing
     # ----------------------------------------------------------------------------------------
