@@ -33,6 +33,14 @@ class Rule(nn.Module, abc.ABC):
 
     Subclasses give `config`, `state_planes`, `reset_parameters` and the reference step: those whose
     coordinates do not talk to each other through `CoordinateRule`.
+
+    Example:
+        >>> import fastl2o
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> isinstance(rule, fastl2o.Rule), rule.family, rule.state_planes
+        (True, 'lstm', 8)
+        >>> rule.flat_parameters().shape[0] == rule.num_meta_parameters
+        True
     """
 
     family: ClassVar[str]

@@ -88,6 +88,13 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 
     Raises:
         FileNotFoundError: if neither leads to a file; the message says what to pass.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "mnist.npz").write_bytes(b"")
+        >>> find_mnist(folder).name
+        'mnist.npz'
     """
     given = os.fspath(path) if path is not None else os.environ.get(DATA_VARIABLE, "")
     source = "data" if path is not None else f"${DATA_VARIABLE}"
