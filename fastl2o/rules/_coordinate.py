@@ -108,7 +108,7 @@ class CoordinateRule(Rule):
             what it belongs to.
 
         Raises:
-            As `reference_step`.
+            ValueError, TypeError: as `reference_step`.
         """
         with torch.no_grad():
             flat_grad, planes, weights = self._inputs(grad, state, meta)

@@ -36,7 +36,7 @@ class TaskRun(ABC):
 
     Attributes:
         tensors: everything drawn when the run was sampled, by name, runs in front; holds at least
-        ``params``.
+            ``params``.
         generator: the run's own generator, from which ``next_batch`` draws.
 
     Example:
