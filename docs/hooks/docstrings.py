@@ -11,12 +11,21 @@ _SHARED = re.compile(r"^    ((?:\w+, )+\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """The section "Example:" is called "Examples:", and "a, b: text" becomes an entry for each."""
+    """Small differences of style.
+
+    The section "Example:" is called "Examples:", "a, b: text" becomes an entry for each, and the
+    comment behind a named tuple's field is its docstring.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
             obj.docstring.value = _SHARED.sub(_entries, text)
+        elif obj.is_attribute and obj.parent is not None and obj.parent.is_class:
+            line = obj.lines[0] if obj.lines else ""
+            _, found, comment = line.partition("  # ")
+            if found:
+                obj.docstring = griffe.Docstring(comment, parent=obj)
 
 
 def _entries(match: re.Match[str]) -> str:

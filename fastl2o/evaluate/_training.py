@@ -81,6 +81,7 @@ class Stepper(Protocol):
 
 
 MakeOptimizer: TypeAlias = Callable[[Tensor, TaskRun], Stepper]
+"""Builds what steps ``params (R, D)`` of a run, as ``Entrant.at`` gives it."""
 Bar: TypeAlias = "tqdm[Any]"
 
 

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 DATA_VARIABLE = "FASTL2O_DATA"
+"""The environment variable that names the MNIST file, or its folder."""
+
 _HOW = (
     f"pass the path of an mnist.npz, or set ${DATA_VARIABLE} to that file or to a directory "
     "that holds it"
