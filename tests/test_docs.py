@@ -207,6 +207,12 @@ def test_formulas_are_mathml(site: Path) -> None:
     assert "arithmatex" not in page
 
 
+def test_lists_are_not_swallowed_by_the_paragraph_before_them(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        for paragraph in re.findall(r"<p>(.*?)</p>", path.read_text("utf-8"), flags=re.DOTALL):
+            assert not re.search(r"^(-|\*|\d+\.) ", paragraph, flags=re.MULTILINE), path.name
+
+
 def test_examples_are_shown_as_code(site: Path) -> None:
     page = (site / "api" / "fastl2o.html").read_text("utf-8")
     assert "<blockquote>" not in page

@@ -20,8 +20,8 @@ class Rule(nn.Module, abc.ABC):
     """Base of all rules: a network, shared by all coordinates, that turns gradients into updates.
 
     A rule holds meta-parameters and defines, in plain torch, what is computed; `fastl2o.ops`
-    decides how. The update u of a step is **added**: theta' = (1 - lr * weight_decay) * theta + lr
-    * u.
+    decides how. The update u of a step is **added**:
+    theta' = (1 - lr * weight_decay) * theta + lr * u.
 
     Attributes:
         family: name of the architecture, as written in rule files.
