@@ -172,6 +172,18 @@ def test_make_targets_and_benchmark_modules_exist() -> None:
     assert checked > 10
 
 
+def test_files_and_folders_named_in_the_pages_exist() -> None:
+    tops = "fastl2o|csrc|kernels|tests|bench|docs"
+    named = {
+        (page, name)
+        for page in PAGES
+        for name in re.findall(rf"`((?:{tops})/[\w./]*)`", text_of(page))
+    }
+    assert len(named) > 20
+    missing = sorted((page, name) for page, name in named if not (ROOT / name).exists())
+    assert not missing
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs", reason="the site needs the extra docs")
