@@ -23,8 +23,8 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = _SHARED.sub(_entries, text)
         elif obj.is_attribute and obj.parent is not None and obj.parent.is_class:
             line = obj.lines[0] if obj.lines else ""
-            _, found, comment = line.partition("  # ")
-            if found:
+            comment = line.partition("  # ")[2]
+            if comment:
                 obj.docstring = griffe.Docstring(comment, parent=obj)
 
 
