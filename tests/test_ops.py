@@ -44,6 +44,7 @@ def test_opcheck(case: RuleCase) -> None:
     torch.library.opcheck(family.step_backward, (*upstream, grad, state, *taken, meta, *config))
     window = (torch.randn(4, 2, 3), state, *taken, meta, torch.rand(4, 2), 3, *config, 0.7, 0.1)
     torch.library.opcheck(family.unroll_backward, window)
+    torch.library.opcheck(family.unroll_backward, (*window, torch.randn(3, 2, 3)))
     lists = [
         [torch.randn(2), torch.randn(3)],
         [torch.randn(2), torch.randn(3)],

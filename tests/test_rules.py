@@ -308,6 +308,31 @@ def test_initialisation_is_seeded_and_as_published(family: str) -> None:
     assert float(layer.weight_ih.detach().std()) == pytest.approx(1 / math.sqrt(40), rel=0.2)
 
 
+@pytest.mark.parametrize("family", ["lstm", "rnnprop"])
+def test_timescales_are_in_half_of_the_gates(family: str) -> None:
+    rule, before = FAMILIES[family](), FAMILIES[family]()
+    for each in (rule, before):
+        each.reset_parameters(torch.Generator().manual_seed(1))
+    rule.draw_timescales(10.0, 1000.0, torch.Generator().manual_seed(2))
+    memories = []
+    for layer, as_drawn in zip(rule.layers, before.layers, strict=True):
+        enter, forget = layer.bias.detach().sigmoid().chunk(4)[:2]
+        memories.append(1 / (1 - forget[:10]))
+        # What is kept and what is let in add up to 1: an average.
+        torch.testing.assert_close(enter[:10] + forget[:10], torch.ones(10))
+        assert torch.equal(layer.bias[30:], as_drawn.bias[30:])
+        assert torch.equal(layer.bias[10:20], as_drawn.bias[10:20])
+        assert torch.equal(layer.weight_ih, as_drawn.weight_ih)
+    steps = torch.cat(memories)
+    assert steps.min() >= 9.99
+    assert steps.max() <= 1001
+    assert 50 < steps.log().mean().exp() < 200  # log-uniform: about 100
+    with pytest.raises(ValueError, match="low"):
+        rule.draw_timescales(1.0, 10.0)
+    with pytest.raises(ValueError, match="at least low"):
+        rule.draw_timescales(10.0, 5.0)
+
+
 BAD_ARGUMENTS = [
     (LSTMRule, {"hidden_size": 0}, ValueError, "hidden_size"),
     (LSTMRule, {"hidden_size": 65}, ValueError, "hidden_size"),

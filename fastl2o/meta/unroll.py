@@ -194,7 +194,7 @@ def run_window(
     sizes = progress.run.tensor_sizes
     with torch.no_grad():
         for t in range(steps):
-            _step(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
+            step_runs(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
             losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
                 params, progress.run.next_batch()
             )
@@ -232,7 +232,7 @@ def roll(
     with torch.no_grad():
         for t in range(steps):
             taken = progress.step + t
-            _step(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
+            step_runs(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
             loss, grads = progress.run.loss_and_grad(progress.params, progress.run.next_batch())
             losses.append(loss)
     if apart:
@@ -242,7 +242,7 @@ def roll(
     return torch.stack(losses)
 
 
-def _step(
+def step_runs(
     rule: Rule,
     params: Tensor,
     grads: Tensor,
@@ -253,6 +253,7 @@ def _step(
     weight_decay: float,
     meta: Tensor | None = None,
 ) -> None:
+    """Take one step of all runs in place, with ``meta (R, M)`` each by a row of its own."""
     if isinstance(rule, HierarchicalRule):
         hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay, meta)
         return
