@@ -5,6 +5,7 @@
 #   make test-torch   torch's own optimizer test machinery over fastl2o's optimizers (about two minutes)
 #   make build    the compiled parts in place        make bench            microbenchmarks
 #   make lint     checks of the sources              make format           rewrites them
+#   make docs     the manual as a site, in site/
 #   make wheel    sdist and one abi3 wheel in dist/  make clean            removes what was built
 #
 # Settings: PYTHON=python3.12, VENV=.venv, PIP_ARGS="--index-url ..." (for example PyTorch's index of CPU
@@ -29,7 +30,7 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 
 export FASTL2O_WERROR := 1
 
-.PHONY: demo test test-torch build bench lint format types wheel clean
+.PHONY: demo test test-torch build bench lint format types docs wheel clean
 
 demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
@@ -59,12 +60,15 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheel: $(DEV_STAMP)
 	rm -rf dist
 	$(PY) -m build --no-isolation
 
 clean:
-	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf *.egg-info fastl2o/*.so $(OPS_STAMP) $(CORE_STAMP)
 	find fastl2o kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -220,7 +220,8 @@ def _define_unroll_backward(signature: _Signature) -> Any:
     step = "int step, " if signature.needs_step else ""
     schema = (
         f"(Tensor grads, Tensor state, {step}Tensor meta, Tensor loss_weights, int steps, "
-        f"{signature.schema}, float lr, float weight_decay) -> (Tensor, Tensor)"
+        f"{signature.schema}, float lr, float weight_decay, Tensor? d_updates=None) "
+        "-> (Tensor, Tensor)"
     )
 
     def default(named: Named) -> tuple[Tensor, Tensor]:
@@ -234,6 +235,7 @@ def _define_unroll_backward(signature: _Signature) -> Any:
             named["steps"],
             named["lr"],
             named["weight_decay"],
+            named["d_updates"],
         )
 
     def fake(named: Named) -> tuple[Tensor, Tensor]:

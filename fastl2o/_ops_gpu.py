@@ -156,11 +156,31 @@ def unroll_backward(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Ten
     start = _window_start(named, "grads")
     rest = (named["loss_weights"], named["steps"])
     decay = (named["lr"], named["weight_decay"])
+    given = named.get("d_updates")
     if backend == "triton":
+        if given is not None:
+            return _triton_steps_backward(rule, *start, given)
         return _triton("window").unroll_backward(rule, *start, *rest, *decay)
     return torch.ops.fastl2o_cuda.unroll_backward(
-        *start, *rest, *cuda_arguments(rule), *decay, fast()
+        *start, *rest, *cuda_arguments(rule), *decay, given, fast()
     )
+
+
+def _triton_steps_backward(
+    rule: Rule, grads: Tensor, state: Tensor, first_step: int, meta: Tensor, d_updates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step by step back from given dL/du_t: Triton's window takes only one step of these."""
+    kernels, states = _triton("window"), [state]
+    steps = len(d_updates)
+    for t in range(steps - 1):
+        states.append(kernels.step(rule, grads[t], states[t], first_step + t, meta)[1])
+    d_meta, d_state = torch.zeros_like(meta), torch.zeros_like(state)
+    for t in reversed(range(steps)):
+        _, d_state, d_step = kernels.step_backward(
+            rule, d_updates[t], d_state, grads[t], states[t], first_step + t, meta
+        )
+        d_meta += d_step
+    return d_meta, d_state
 
 
 def _window_start(named: Named, grad: str) -> tuple[Tensor, Tensor, int, Tensor]:

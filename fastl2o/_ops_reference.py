@@ -58,6 +58,21 @@ def check_lists(
             )
 
 
+def check_updates(rule: Rule, grads: Tensor, d_updates: Tensor, steps: int) -> None:
+    """Check the given upstream gradients of a window's updates."""
+    if not isinstance(rule, CoordinateRule):
+        raise ValueError(
+            f"d_updates: a rule of family {rule.family!r} takes loss_weights only; its updates "
+            "depend on the tensors"
+        )
+    expected = (steps, *grads.shape[1:])
+    if d_updates.shape != expected:
+        raise ValueError(
+            f"d_updates: expected shape {expected}, one number for each update, got "
+            f"{tuple(d_updates.shape)}"
+        )
+
+
 def check_rows(
     rule: Rule, meta: Tensor, count: int, nonfinite: int, rounding_seed: int | None
 ) -> None:
@@ -173,6 +188,7 @@ def unroll_backward(
     steps: int,
     lr: float,
     weight_decay: float,
+    d_updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The unroll backward, block by block; see `fastl2o.ops.unroll_backward` for the arguments.
 
@@ -183,7 +199,8 @@ def unroll_backward(
         dL/du_t = lr a_{t+1}
         a_t = w_t g_t + (1 - lr weight_decay) a_{t+1}
 
-    Each block of coordinates replays its states from the window's start and walks back through
+    With `d_updates` dL/du_t is given outright, and the loss weights are not used. Each block of
+    coordinates replays its states from the window's start and walks back through
     them. Blocks are summed in order.
     """
     planes, runs, dim = state.shape
@@ -204,6 +221,7 @@ def unroll_backward(
             steps,
             lr,
             weight_decay,
+            None if d_updates is None else d_updates.reshape(steps, runs * dim)[:, block],
         )
         d_meta += d_block
     return d_meta, d_state.reshape(state.shape)
@@ -219,6 +237,7 @@ def _unroll_block(
     steps: int,
     lr: float,
     weight_decay: float,
+    d_updates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`unroll_backward` on coordinates `(K, N)` with the loss weights spread over them."""
     states = [state]
@@ -229,8 +248,9 @@ def _unroll_block(
     )
     d_state, d_meta = torch.zeros_like(state), torch.zeros_like(meta)
     for t in reversed(range(steps)):
+        d_update = lr * adjoint if d_updates is None else d_updates[t]
         _, d_state, d_step = rule.reference_backward(
-            lr * adjoint, d_state, grads[t], states[t], step + t, meta
+            d_update, d_state, grads[t], states[t], step + t, meta
         )
         d_meta += d_step
         adjoint = weights[t] * grads[t] + (1.0 - lr * weight_decay) * adjoint

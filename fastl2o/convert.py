@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .rules import LSTMRule, RNNPropRule
 
+__all__ = ["from_sonnet"]
+
 _LAYER_NAME = re.compile(r"lstm_([1-9][0-9]*)/(w_gates|b_gates)")
 INPUT_ORDERS = ("gradient_first", "momentum_first")
 

@@ -41,7 +41,7 @@ class _NamedOptimizer(LearnedOptimizer):
 class LSTM(_NamedOptimizer):
     """The coordinate-wise LSTM optimizer (arXiv 1606.04474) with shipped meta-parameters.
 
-    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
     ``"lstm-mnist"``, and is keyword-only: another rule of the family "lstm", its name or path.
 
     Example:
@@ -61,7 +61,7 @@ class LSTM(_NamedOptimizer):
 class RNNProp(_NamedOptimizer):
     """RNNprop (arXiv 1703.03633) with shipped meta-parameters.
 
-    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
     ``"rnnprop-mnist"``, and is keyword-only: another rule of the family "rnnprop", its name or
     path.
 
@@ -82,7 +82,7 @@ class RNNProp(_NamedOptimizer):
 class Hierarchical(_NamedOptimizer):
     """The hierarchical optimizer (arXiv 1703.04813) with shipped meta-parameters.
 
-    Same arguments as :class:`LearnedOptimizer`, but the rule has a default, the shipped
+    Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
     ``"hierarchical-small"``, and is keyword-only: another rule of the family "hierarchical", its
     name or path. ``seed`` decides the parameters' initial learning rates.
 

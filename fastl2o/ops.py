@@ -227,7 +227,7 @@ def unroll_backward(
     rule: Rule,
     grads: Tensor,
     state: Tensor,
-    loss_weights: Tensor,
+    loss_weights: Tensor | None = None,
     *,
     steps: int,
     step: int = 0,
@@ -235,11 +235,13 @@ def unroll_backward(
     weight_decay: float = 0.0,
     meta: Tensor | None = None,
     sizes: Sequence[int] | None = None,
+    d_updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from its recorded gradients alone.
 
     The task gradients g_t count as constants (first order). f_0 is evaluated before the first
-    update, so its weight has no effect on the result.
+    update, so its weight has no effect on the result. With `d_updates` in place of `loss_weights`,
+    of any function L of the updates.
 
     Args:
         rule: the rule that made the window with in-place steps.
@@ -254,6 +256,8 @@ def unroll_backward(
         meta: flat meta-parameters `(M,)` in place of the rule's own.
         sizes: how many of a run's D coordinates each of its tensors has, for rules that look at
             whole tensors; one tensor by default.
+        d_updates: `(T, R, D)`, dL/du_t; `lr` and `weight_decay` do not matter then. For rules whose
+            coordinates do not talk to each other.
 
     Returns:
         d_meta `(M,)` and d_state, the gradients of the meta-parameters and of the first state.
@@ -271,7 +275,13 @@ def unroll_backward(
         (True, torch.Size([8, 2, 5]))
     """
     flat = rule.flat_parameters().detach() if meta is None else meta.detach()
+    if (loss_weights is None) == (d_updates is None):
+        raise ValueError("pass either loss_weights or d_updates, and not both")
+    if loss_weights is None:
+        loss_weights = grads.new_empty(grads.shape[:2])
     _check_window(rule, grads, state, loss_weights, steps, step, sizes)
+    if d_updates is not None:
+        reference.check_updates(rule, grads, d_updates, steps)
     if isinstance(rule, HierarchicalRule):
         return hierarchical.unroll_backward(
             rule, grads, state, loss_weights, steps=steps, step=step,
@@ -288,12 +298,15 @@ def unroll_backward(
     )
     if chosen == "reference" or family is None:
         return reference.unroll_backward(
-            rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay
+            rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay, d_updates
         )
+    if d_updates is not None:
+        d_updates = d_updates.to(torch.float32).contiguous()
     if chosen == "triton" and grads.device.type == "cpu":
         named = {
             "grads": grads, "state": state, "step": int(step), "meta": flat, "steps": steps,
             "loss_weights": loss_weights.to(torch.float32), "lr": lr, "weight_decay": weight_decay,
+            "d_updates": d_updates,
         }  # fmt: skip
         with torch.no_grad():
             return _ops_gpu.unroll_backward("triton", rule, named)
@@ -309,6 +322,7 @@ def unroll_backward(
             *family.arguments(rule),
             lr,
             weight_decay,
+            d_updates,
         )
     return d_meta, d_state
 

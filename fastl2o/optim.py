@@ -55,7 +55,7 @@ class LearnedOptimizer(Optimizer):
             be float32, float64, bfloat16, float16 or complex, of any shape and memory layout;
             also DTensors (FSDP2), whose ``planes`` are split like them. As in torch, integer
             tensors are taken as long as they have no gradient, and what else a group holds is kept.
-        rule: a :class:`~fastl2o.Rule`, the name of a shipped one or a path to a .safetensors file.
+        rule: a `fastl2o.Rule`, the name of a shipped one or a path to a .safetensors file.
         lr: a finite number >= 0, not a bool, or a tensor of one element.
         weight_decay: decoupled, multiplied by ``lr``; a finite number >= 0.
         maximize: follow the negated gradient.
@@ -69,7 +69,7 @@ class LearnedOptimizer(Optimizer):
             of being lost; not within a CUDA graph. ``seed`` and the number of the step, which the
             state_dict holds, decide the random bits, the same on every backend.
         foreach, fused: True or None use the list kernels of the current
-            :func:`fastl2o.backend`, False (without the other) the reference loop.
+            `fastl2o.backend`, False (without the other) the reference loop.
         capturable: allow the step to be captured in a CUDA graph, after one step outside of it and
             with ``nonfinite`` other than "raise"; replays use the numbers (``lr`` and so on) that
             were captured. A step on the CPU has nothing to capture and works with either value.
@@ -235,7 +235,7 @@ class LearnedOptimizer(Optimizer):
         """Take parameters to where the model is to be evaluated or saved.
 
         Only rules with attention take gradients elsewhere; for others this does nothing. Call
-        :meth:`train` before the next step.
+        `train` before the next step.
         """
         set_evaluating(self.param_groups, self.state, True)
 
@@ -284,7 +284,7 @@ class LearnedOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; the states are copied, bit for bit.
+        """Load what `state_dict` returned; the states are copied, bit for bit.
 
         Options come from the checkpoint, as in torch; the rules stay this optimizer's.
 

@@ -1,4 +1,4 @@
-"""The meta-gradient of a window: fused against autograd, truncation, objectives, imitation."""
+"""The meta-gradient of a window: fused against autograd, truncation, objectives."""
 
 from __future__ import annotations
 
@@ -302,38 +302,6 @@ def test_estimator_refuses_impossible_arguments() -> None:
     rule = CASES[0].make()
     with pytest.raises(ValueError, match="steps must be"):
         meta.run_window(rule, begin(rule, dtype=torch.float32), 0)
-
-
-@over_cases
-def test_imitation_gradient_is_autograds_and_follows_adam(
-    case: RuleCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Blocks smaller than the number of coordinates, and not dividing it.
-    monkeypatch.setattr("fastl2o.meta.imitation._BLOCK", 5)
-    rule, imitation = case.make(F64), meta.Imitation(lr=0.05)
-    progress = begin(rule)
-    moments = imitation.moments(progress)
-    results = [imitation.window(rule, progress, moments, 4) for _ in range(2)]
-
-    run = TASK.sample(3, seeded(1), F64)
-    params = run.params.clone().requires_grad_()
-    adam = torch.optim.Adam([params], lr=0.05)
-    state, weights = rule.init_state(params, F64), list(rule.parameters())
-    batch, taken = run.next_batch(), 0
-    for result in results:
-        state, misfit = state.detach(), 0.0
-        for _ in range(4):
-            adam.zero_grad()
-            run.losses(params, batch).sum().backward()
-            before = params.detach().clone()
-            adam.step()
-            update, state = rule.reference_step(params.grad.clone(), state, taken)
-            misfit = misfit + 0.5 * (params.detach() - before - update).square().mean()
-            batch, taken = run.next_batch(), taken + 1
-        expected = torch.cat([g.flatten() for g in torch.autograd.grad(misfit, weights)])
-        assert_near(result.gradient, expected, 1e-9)
-        torch.testing.assert_close(result.loss, misfit.detach(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(progress.params, params.detach(), rtol=1e-9, atol=1e-12)
 
 
 class Square(Task):

@@ -81,6 +81,28 @@ def test_muon_adam_continues_from_its_state_dict() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_copied_muon_adam_takes_the_same_steps() -> None:
+    """It had lost its parts, and trainings with imitation, which copy the optimizer, failed."""
+    rule = make_rule()
+    optimizer = meta.MuonAdam(rule.parameters(), lr=0.03)
+    for seed in range(2):
+        give_gradients(rule, seed)
+        optimizer.step()
+    results = []
+    for mine in (copy.deepcopy(optimizer), optimizer):
+        for group in mine.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        mine.step()
+        results.append([p.detach().clone() for g in mine.param_groups for p in g["params"]])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    imitating = make_trainer(
+        rule, optimizer=optimizer, imitation=meta.Imitation(probability=0.5), seed=0
+    )
+    assert imitating.fit(6).skipped == 0
+
+
 def test_average_is_an_exponential_moving_average_of_the_updates() -> None:
     rule = make_rule()
     trainer = make_trainer(rule, average=0.75)

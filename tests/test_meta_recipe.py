@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastl2o
 from fastl2o import meta
 from fastl2o.meta.recipe import (
     RecipeError,
@@ -21,6 +22,7 @@ GOOD = """
 name = "tiny"
 outer_steps = 6
 seed = 3
+timescales = [2, 50]
 [rule]
 family = "lstm"
 hidden_size = 3
@@ -59,6 +61,11 @@ horizon = 5
 kind = "quadratic"
 [imitation]
 probability = 0.5
+betas = [0.95, 0.9]
+decay = 3.0
+relative = true
+own_path = 0.25
+coordinates = 3
 [card]
 task = "a test"
 """
@@ -106,6 +113,10 @@ def test_a_recipe_sets_everything() -> None:
     trainer = build_trainer(parse_recipe(GOOD), progress=False)
     assert trainer.seed == 3
     assert trainer.rule.config()["hidden_size"] == 3
+    expected = fastl2o.LSTMRule(3, 1)
+    expected.reset_parameters(torch.Generator().manual_seed(3))
+    assert not torch.equal(trainer.rule.layers[0].bias, expected.layers[0].bias)
+    assert torch.equal(trainer.rule.layers[0].weight_ih, expected.layers[0].weight_ih)
     assert [type(task).__name__ for task in trainer.tasks] == ["Quadratic", "WithConvex"]
     assert trainer.estimator.config()["objective"] == "log"
     assert trainer.horizon == meta.Curriculum(((0, 6), (3, (4, 9))))
@@ -115,7 +126,7 @@ def test_a_recipe_sets_everything() -> None:
     assert trainer.validation is not None
     assert trainer.validation.seed == 3
     assert repr(trainer.validation.tasks[0]) == repr(meta.tasks.Quadratic())
-    assert trainer.imitation == meta.Imitation(0.5)
+    assert trainer.imitation == meta.Imitation(0.5, 0.01, (0.95, 0.9), 3.0, True, 0.25, 3)
     assert trainer.fit(6).best_step is not None
 
 
@@ -137,6 +148,8 @@ def test_an_ensemble_stands_for_its_tasks() -> None:
     assert len(trainer.tasks) == 8 + 6 + 1
     expected = torch.tensor([1 / 8] * 8 + [1 / 6] * 6 + [1.0])
     torch.testing.assert_close(trainer._starter.weights, expected)
+    with pytest.raises(RecipeError, match=r"timescales: .*'hierarchical' has no LSTM layers"):
+        build_trainer(parse_recipe(f"timescales = [2, 9]\n{table}"))
     with pytest.raises(RecipeError, match=r"tasks\[0\]: families must be a list of some of quadr"):
         build_trainer(parse_recipe(table.replace('"bowl"', '"ball"')))
     with pytest.raises(RecipeError, match=r"unknown key 'tasks\[0\].familys'"):
@@ -192,6 +205,7 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
         ("runs = 2\nclip", 'runs = "2"\nclip', "trainer.runs must be an integer"),
         ("betas = [0.9, 0.99]", "betas = [0.9]", "optimizer.betas must be a list of two"),
         ("seed = 3", f"seed = {2**70}", "seed must be below"),
+        ("timescales = [2, 50]", "timescales = [2]", "timescales must be .shortest, longest."),
         ('name = "tiny"', 'name = "a/b"', "name is that of the rule's file"),
         ('name = "tiny"', 'name = ""', "name is that of the rule's file"),
         ("[card]", "[card]\nday = 1979-05-27", "card holds what a rule file cannot"),
@@ -225,6 +239,8 @@ def test_bad_recipes(old: str, new: str, message: str) -> None:
         ('kind = "linear"', 'kind = "step"', "schedule: kind must be one of"),
         ("every = 2", "every = 0", "validation: every must be"),
         ("probability = 0.5", "probability = 1.5", "imitation: probability must be"),
+        ("betas = [0.95", "betas = [1.5", "imitation: betas must be"),
+        ("timescales = [2", "timescales = [1", "timescales: .*low"),
         ("weight = 2", "weight = 0", "trainer: task_weights must be"),
     ],
 )

@@ -85,6 +85,25 @@ def test_reference_unroll_backward_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 @over_backends
 @over_small_rules
+def test_unroll_backward_of_given_upstream_gradients(case: RuleCase, backend: str) -> None:
+    """With the dL/du_t that loss weights stand for, the result is that of the loss weights."""
+    rule, lr, decay = case.make(), 0.7, 0.1
+    window = random_window(rule, steps=4)
+    weighted = window.loss_weights.unsqueeze(2) * window.grads
+    adjoint, d_updates = weighted[4], torch.empty_like(window.grads[:4])
+    for t in reversed(range(4)):
+        d_updates[t] = lr * adjoint
+        adjoint = weighted[t] + (1 - lr * decay) * adjoint
+    at = {"steps": 4, "step": window.step}
+    with fastl2o.backend(backend):
+        given = ops.unroll_backward(rule, window.grads[:4], window.state, d_updates=d_updates, **at)
+    expected = autograd_unroll(rule, window, lr=lr, weight_decay=decay)
+    for ours, automatic in zip(given, expected, strict=True):
+        assert relative_error(ours, automatic) < 1e-5
+
+
+@over_backends
+@over_small_rules
 def test_unroll_backward_edge_windows(case: RuleCase, backend: str) -> None:
     """One step without the last gradient has no effect on any loss; no coordinates, no gradient."""
     rule = case.make()
@@ -103,6 +122,15 @@ def test_bad_windows_are_named() -> None:
     rule = LSTMRule(3, 1)
     window = random_window(rule, steps=3)
     grads, state, weights = window.grads, window.state, window.loss_weights
+    for both in ({}, {"loss_weights": weights, "d_updates": grads[:3]}):
+        with pytest.raises(ValueError, match="either loss_weights or d_updates"):
+            ops.unroll_backward(rule, grads, state, steps=3, **both)
+    with pytest.raises(ValueError, match=r"d_updates: expected shape \(3, 2, 5\)"):
+        ops.unroll_backward(rule, grads, state, steps=3, d_updates=grads)
+    tensors = fastl2o.HierarchicalRule()
+    levels = tensors.init_runs(torch.zeros(2, 5), (5,))
+    with pytest.raises(ValueError, match="takes loss_weights only"):
+        ops.unroll_backward(tensors, grads, levels, steps=3, d_updates=grads[:3])
     with pytest.raises(ValueError, match="K = 5 or 6 for steps=5"):
         ops.unroll_backward(rule, grads, state, weights, steps=5)
     with pytest.raises(ValueError, match="grads: expected shape"):

@@ -10,15 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastl2o.rules import (
-    FAMILIES,
-    HierarchicalRule,
-    LSTMRule,
-    RNNPropRule,
-    Rule,
-    _cells,
-    from_config,
-)
+from fastl2o.rules import FAMILIES, LSTMRule, RNNPropRule, Rule, _cells, from_config
 from tests.common import (
     GRADIENT_KINDS,
     RuleCase,
@@ -316,6 +308,31 @@ def test_initialisation_is_seeded_and_as_published(family: str) -> None:
     assert float(layer.weight_ih.detach().std()) == pytest.approx(1 / math.sqrt(40), rel=0.2)
 
 
+@pytest.mark.parametrize("family", ["lstm", "rnnprop"])
+def test_timescales_are_in_half_of_the_gates(family: str) -> None:
+    rule, before = FAMILIES[family](), FAMILIES[family]()
+    for each in (rule, before):
+        each.reset_parameters(torch.Generator().manual_seed(1))
+    rule.draw_timescales(10.0, 1000.0, torch.Generator().manual_seed(2))
+    memories = []
+    for layer, as_drawn in zip(rule.layers, before.layers, strict=True):
+        enter, forget = layer.bias.detach().sigmoid().chunk(4)[:2]
+        memories.append(1 / (1 - forget[:10]))
+        # What is kept and what is let in add up to 1: an average.
+        torch.testing.assert_close(enter[:10] + forget[:10], torch.ones(10))
+        assert torch.equal(layer.bias[30:], as_drawn.bias[30:])
+        assert torch.equal(layer.bias[10:20], as_drawn.bias[10:20])
+        assert torch.equal(layer.weight_ih, as_drawn.weight_ih)
+    steps = torch.cat(memories)
+    assert steps.min() >= 9.99
+    assert steps.max() <= 1001
+    assert 50 < steps.log().mean().exp() < 200  # log-uniform: about 100
+    with pytest.raises(ValueError, match="low"):
+        rule.draw_timescales(1.0, 10.0)
+    with pytest.raises(ValueError, match="at least low"):
+        rule.draw_timescales(10.0, 5.0)
+
+
 BAD_ARGUMENTS = [
     (LSTMRule, {"hidden_size": 0}, ValueError, "hidden_size"),
     (LSTMRule, {"hidden_size": 65}, ValueError, "hidden_size"),
@@ -360,28 +377,3 @@ def test_bad_inputs_of_a_step_are_named() -> None:
         from_config("gru", {})
     with pytest.raises(ValueError, match="momentum"):
         LSTMRule.as_sgd(0.1, momentum=0.9, num_layers=0)
-
-
-def test_the_flat_buffer_follows_every_way_to_change_meta_parameters() -> None:
-    rule = HierarchicalRule(4, 4, 4, 2)
-    cpu = torch.device("cpu")
-    square = next(p for p in rule.parameters() if p.dim() == 2 and p.shape[0] == p.shape[1] > 1)
-
-    def exchange(data: torch.Tensor) -> None:
-        square.data = data
-
-    changes = (
-        lambda: square.data.add_(1),  # leaves no trace in a version counter
-        lambda: exchange(square.data.clone() * 2),
-        lambda: exchange(square.data.t()),  # the same address, other strides
-        lambda: exchange(square.data.contiguous()),
-        lambda: rule.double(),
-        lambda: rule.float(),
-    )
-    for change in (lambda: None, *changes):
-        change()
-        expected = torch.cat([p.detach().float().reshape(-1) for p in rule.parameters()])
-        for _ in range(2):
-            assert torch.equal(rule.flat_buffer(cpu), expected)
-        assert torch.equal(rule.flat_buffer(cpu, torch.float64), expected.double())
-        assert torch.equal(rule.flat_buffer(cpu), expected)

@@ -82,11 +82,13 @@ inline void check_recorded(const Tensor& grads, const Tensor& loss_weights, int6
       "loss_weights must be (", rows, ", ", runs, ")");
 }
 
-// A window of recorded gradients (K, R, D).
+// A window of recorded gradients (K, R, D); with d_updates (T, R, D), which takes the place of the
+// loss weights, dL/du_t is given outright.
 inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
                                   const Tensor& state, double step, const Tensor& loss_weights,
                                   int64_t steps, double lr, double weight_decay,
-                                  const Tensor& d_state, const Tensor& d_meta) {
+                                  const std::optional<Tensor>& d_updates, const Tensor& d_state,
+                                  const Tensor& d_meta) {
   check_recorded(grads, loss_weights, steps);
   UnrollArgs args;
   args.rows = grads.size(0);
@@ -102,7 +104,14 @@ inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
   args.weight_decay = weight_decay;
   args.grads = floats(grads);
   args.state = floats(state);
-  args.loss_weights = floats(loss_weights);
+  if (d_updates.has_value()) {
+    STD_TORCH_CHECK(d_updates->dim() == 3 && d_updates->size(0) == steps &&
+                        d_updates->size(1) == args.runs && d_updates->size(2) == args.dim,
+                    "d_updates must be (", steps, ", ", args.runs, ", ", args.dim, ")");
+    args.d_update = floats(*d_updates);
+  } else {
+    args.loss_weights = floats(loss_weights);
+  }
   args.d_meta = mutable_floats(d_meta);
   args.d_state = mutable_floats(d_state);
   return args;

@@ -24,7 +24,17 @@ __all__ = ["Comparison", "Reach", "Row", "check_entrants", "compare", "steps_of"
 
 
 class Reach(NamedTuple):
-    """How soon runs got to the loss that the baseline ends at."""
+    """How soon runs got to the loss that the baseline ends at.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> reach = comparison.rows[0].to_baseline  # the baseline's own: it is SGD
+        >>> reach.reached, reach.steps <= setting.horizon
+        (2, True)
+    """
 
     steps: float  # by which more than half of the runs were there; infinity if no more are
     seconds: float  # elapsed then, for all runs together
@@ -46,6 +56,14 @@ class Row:
         to_baseline: how soon the runs got to the baseline's final loss; None without a baseline.
         seconds: elapsed for the whole horizon, all runs together; NaN if all went non-finite.
         curves: loss of each run at ``Comparison.points``.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> [(row.name, row.tuned, row.diverged) for row in comparison.rows]
+        [('SGD', True, 0), ('Adam, lr 0.1', False, 0)]
     """
 
     name: str
@@ -69,6 +87,15 @@ class Comparison:
         task: the task with its arguments.
         baseline: the tuned optimizer that the others are measured against; None if there is none.
         points: steps of the curves.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> header, rows = comparison.cells()
+        >>> header[:2], [row[0] for row in rows]
+        (['optimizer', 'lr'], ['SGD', 'Adam, lr 0.1'])
     """
 
     name: str
@@ -140,7 +167,14 @@ class Comparison:
 
 
 def steps_of(entrants: Sequence[Entrant], setting: Setting, generalisation: bool = False) -> int:
-    """Inner steps that ``compare`` takes, for a progress bar."""
+    """Inner steps that ``compare`` takes, for a progress bar.
+
+    Example:
+        >>> from fastl2o import evaluate
+        >>> setting = evaluate.Setting(horizon=100, learning_rates=(0.01, 0.1))
+        >>> steps_of([evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)], setting)
+        400
+    """
     tuned = sum(entrant.is_tuned for entrant in entrants)
     trainings = len(entrants) * (3 if generalisation else 1) + tuned * len(setting.learning_rates)
     return trainings * setting.horizon
@@ -241,6 +275,14 @@ def check_entrants(entrants: Sequence[Entrant], setting: Setting, baseline: str 
 
     Raises:
         ValueError: saying what is wrong and what to do.
+
+    Example:
+        >>> from fastl2o import evaluate
+        >>> try:
+        ...     check_entrants([], evaluate.Setting(), baseline=None)
+        ... except ValueError as error:
+        ...     print(error)
+        nothing to compare: give rules, hand-designed optimizers, or both
     """
     if not entrants:
         raise ValueError("nothing to compare: give rules, hand-designed optimizers, or both")

@@ -19,7 +19,15 @@ _COLUMNS = 3
 
 
 def draw_band(axes: Any, steps: Sequence[int], values: Tensor, label: str, bold: bool) -> None:
-    """Mean of ``values (P, R)`` over runs as a line, in a band of one standard deviation."""
+    """Mean of ``values (P, R)`` over runs as a line, in a band of one standard deviation.
+
+    Example:
+        >>> import matplotlib.figure
+        >>> axes = matplotlib.figure.Figure().add_subplot()
+        >>> draw_band(axes, [0, 1, 2], torch.rand(3, 4), label="Adam", bold=False)
+        >>> len(axes.lines), len(axes.collections)
+        (1, 1)
+    """
     mean = values.mean(1)
     mean[~mean.isfinite()] = math.nan  # a gap in the line
     std = values.std(1) if values.shape[1] > 1 else torch.zeros_like(mean)

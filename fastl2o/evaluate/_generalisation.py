@@ -36,7 +36,12 @@ class DataRun(TaskRun, Protocol):
 
 
 class Gap(NamedTuple):
-    """Test minus training loss over the runs that reached a training loss."""
+    """Test minus training loss over the runs that reached a training loss.
+
+    Example:
+        >>> Gap(mean=0.25, std=0.0, reached=1).reached
+        1
+    """
 
     mean: float
     std: float
@@ -56,6 +61,15 @@ class GeneralisationRow:
             which the training sets differ.
         gap_at_equal_loss: by step s, the gap where the training loss first falls to the baseline's
             training loss after s steps, in the same run; empty without a baseline.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> task = meta.tasks.MLPClassification("digits", hidden=(4,), split="meta_valid")
+        >>> makes = {"Adam": evaluate.Entrant.fixed("Adam", 0.01).at(0.01)}
+        >>> result = evaluate.generalise(task, makes, evaluate.Setting(horizon=5, runs=2))
+        >>> row = result.rows[0]
+        >>> len(row.train_loss) == 2, len(row.train_loss[0]) == len(result.points)
+        (True, True)
     """
 
     name: str
@@ -74,7 +88,16 @@ class GeneralisationRow:
 
 @dataclass(frozen=True)
 class Generalisation:
-    """Rows of all optimizers; ``points`` are the steps of their lists."""
+    """Rows of all optimizers; ``points`` are the steps of their lists.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> task = meta.tasks.MLPClassification("digits", hidden=(4,), split="meta_valid")
+        >>> makes = {"Adam": evaluate.Entrant.fixed("Adam", 0.01).at(0.01)}
+        >>> result = evaluate.generalise(task, makes, evaluate.Setting(horizon=5, runs=2))
+        >>> result.runs, [row.name for row in result.rows]
+        (2, ['Adam'])
+    """
 
     points: list[int]
     runs: int
@@ -126,6 +149,14 @@ def check_generalisation(task: Task, setting: Setting) -> None:
 
     Raises:
         ValueError: for a task without training and test data, saying what to do.
+
+    Example:
+        >>> from fastl2o import meta
+        >>> try:
+        ...     check_generalisation(meta.tasks.Quadratic(dim=3), Setting(runs=1))
+        ... except ValueError as error:
+        ...     print("no training and test data" in str(error))
+        True
     """
     _pair(task, setting)
 

@@ -24,7 +24,12 @@ __all__ = [
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over runs."""
+    """Mean and standard deviation over runs.
+
+    Example:
+        >>> str(Spread(mean=0.25, std=0.01))
+        '0.25 ±0.01'
+    """
 
     mean: float
     std: float
@@ -34,7 +39,12 @@ class Spread(NamedTuple):
 
 
 def mean_std(values: Tensor) -> Spread:
-    """Mean and standard deviation (unbiased; 0 for a single value) of ``values (R,)``."""
+    """Mean and standard deviation (unbiased; 0 for a single value) of ``values (R,)``.
+
+    Example:
+        >>> mean_std(torch.tensor([1.0, 3.0]))
+        Spread(mean=2.0, std=1.4142135623730951)
+    """
     exact = values.double()
     std = exact.std().item() if len(exact) > 1 else 0.0
     return Spread(exact.mean().item(), std)

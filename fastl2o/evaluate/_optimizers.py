@@ -17,7 +17,14 @@ __all__ = ["HAND_DESIGNED", "OPTIMIZERS", "BuildOptimizer", "Entrant"]
 
 
 class BuildOptimizer(Protocol):
-    """Builds a hand-designed optimizer for parameters and a learning rate."""
+    """Builds a hand-designed optimizer for parameters and a learning rate.
+
+    Example:
+        >>> from fastl2o import evaluate
+        >>> optimizer = evaluate.OPTIMIZERS["Momentum"]([torch.zeros(2)], lr=0.1)
+        >>> optimizer.defaults["momentum"]
+        0.9
+    """
 
     def __call__(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer: ...
 
@@ -46,6 +53,12 @@ class Entrant:
         rule: the rule; None for a hand-designed optimizer.
         build: the optimizer; None for a rule.
         learning_rate: the given rate; None for a rule, and for an optimizer that is to be tuned.
+
+    Example:
+        >>> import fastl2o
+        >>> entrants = [Entrant.learned("mine", fastl2o.LSTMRule()), *Entrant.baselines()]
+        >>> [(entrant.name, entrant.is_tuned) for entrant in entrants[:2]]
+        [('mine', False), ('SGD', True)]
     """
 
     name: str

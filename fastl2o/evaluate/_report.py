@@ -25,12 +25,24 @@ def check_report() -> None:
 
     Raises:
         RuntimeError: without matplotlib.
+
+    Example:
+        >>> check_report()  # matplotlib is there
     """
     new_figure(1, 1, "give --out a name that ends in .json, for the numbers alone")
 
 
 def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Everything measured, JSON-able."""
+    """Everything measured, JSON-able.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> sorted(document([comparison]))
+        ['comparisons', 'fastl2o', 'machine', 'torch']
+    """
     return {
         "fastl2o": __version__,
         "torch": torch.__version__,
@@ -40,7 +52,16 @@ def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def summary_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table over tasks: how often each optimizer did what."""
+    """Header and rows of a table over tasks: how often each optimizer did what.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> summary_cells([comparison])[0]
+        ['optimizer', 'lowest last loss', "got to the baseline's loss", 'diverged runs']
+    """
     rows = []
     for index, first in enumerate(comparisons[0].rows):
         lowest = reached = diverged = 0
@@ -60,7 +81,17 @@ def summary_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], list[li
 
 
 def render(comparisons: Sequence[Comparison]) -> str:
-    """All tables as text, for a terminal."""
+    """All tables as text, for a terminal.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> text = render([comparison])
+        >>> "rates chosen by sum on 2 others" in text
+        True
+    """
     parts = [f"{_title(comparison)}\n{comparison.table()}" for comparison in comparisons]
     if len(comparisons) > 1:
         parts.append(f"all {len(comparisons)} tasks\n{render_table(*summary_cells(comparisons))}")
@@ -98,6 +129,16 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
 
     Raises:
         RuntimeError: without matplotlib.
+
+    Example:
+        >>> import tempfile
+        >>> from fastl2o import evaluate, meta
+        >>> setting = evaluate.Setting(horizon=5, runs=2, tuning_runs=2, learning_rates=(0.01, 0.1))
+        >>> entrants = [evaluate.Entrant.tuned("SGD"), evaluate.Entrant.fixed("Adam", 0.1)]
+        >>> comparison = evaluate.compare(meta.tasks.Quadratic(dim=3), entrants, setting)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> [path.name for path in write_report([comparison], folder)]
+        ['report.md', 'report.json', 'curves.png']
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md", folder / "report.json", folder / "curves.png"]

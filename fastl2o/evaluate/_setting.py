@@ -28,6 +28,11 @@ class Setting:
 
     Raises:
         ValueError: for values that no comparison can be made with.
+
+    Example:
+        >>> setting = Setting(horizon=200, steps=(10, 200))
+        >>> setting.window, setting.reported_steps, len(setting.learning_rates)
+        (20, (10, 200), 13)
     """
 
     horizon: int = 100

@@ -27,7 +27,14 @@ def plain(value: Any) -> Any:
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain-text table with aligned columns, the first to the left and the others to the right."""
+    """Plain-text table with aligned columns, the first to the left and the others to the right.
+
+    Example:
+        >>> print(render_table(["rule", "loss"], [["lstm", "0.25"]]))
+        rule  loss
+        ----  ----
+        lstm  0.25
+    """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -42,7 +42,14 @@ __all__ = [
 
 
 class TaskRun(Protocol):
-    """What is needed of ``fastl2o.meta.tasks.TaskRun``, which is not imported here."""
+    """What is needed of ``fastl2o.meta.tasks.TaskRun``, which is not imported here.
+
+    Example:
+        >>> from fastl2o import meta
+        >>> run: TaskRun = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator())
+        >>> run.loss_and_grad(run.params, run.next_batch())[1].shape
+        torch.Size([2, 3])
+    """
 
     generator: torch.Generator
 
@@ -55,7 +62,14 @@ class TaskRun(Protocol):
 
 
 class Task(Protocol):
-    """What is needed of ``fastl2o.meta.tasks.Task``."""
+    """What is needed of ``fastl2o.meta.tasks.Task``.
+
+    Example:
+        >>> from fastl2o import meta
+        >>> task: Task = meta.tasks.Quadratic(dim=3)
+        >>> task.sample(2, torch.Generator()).params.shape
+        torch.Size([2, 3])
+    """
 
     def sample(self, num_runs: int, generator: torch.Generator) -> TaskRun: ...
 
@@ -67,6 +81,7 @@ class Stepper(Protocol):
 
 
 MakeOptimizer: TypeAlias = Callable[[Tensor, TaskRun], Stepper]
+"""Builds what steps ``params (R, D)`` of a run, as ``Entrant.at`` gives it."""
 Bar: TypeAlias = "tqdm[Any]"
 
 
@@ -88,7 +103,18 @@ class _HierarchicalRuns:
 
 
 def learned_stepper(params: Tensor, run: TaskRun, rule: Rule) -> Stepper:
-    """A rule, applied with ``lr=1``; gradients that are not finite are fed to it."""
+    """A rule, applied with ``lr=1``; gradients that are not finite are fed to it.
+
+    Example:
+        >>> from fastl2o import LSTMRule, meta
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator())
+        >>> params = run.params.clone().requires_grad_()
+        >>> stepper = learned_stepper(params, run, LSTMRule.as_sgd(1.0, num_layers=0))
+        >>> params.grad = torch.ones_like(params)
+        >>> stepper.step()
+        >>> bool((params == run.params - 1).all())
+        True
+    """
     if isinstance(rule, HierarchicalRule):
         return _HierarchicalRuns(rule, params, run)
     return LearnedOptimizer([params], rule, nonfinite="pass")
@@ -97,7 +123,18 @@ def learned_stepper(params: Tensor, run: TaskRun, rule: Rule) -> Stepper:
 def hand_designed_stepper(
     params: Tensor, run: TaskRun, build: BuildOptimizer, lr: float
 ) -> Stepper:
-    """A hand-designed optimizer at a learning rate."""
+    """A hand-designed optimizer at a learning rate.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator())
+        >>> params = run.params.clone().requires_grad_()
+        >>> stepper = hand_designed_stepper(params, run, evaluate.OPTIMIZERS["SGD"], lr=1.0)
+        >>> params.grad = torch.ones_like(params)
+        >>> stepper.step()
+        >>> bool((params == run.params - 1).all())
+        True
+    """
     return build([params], lr=lr)
 
 
@@ -110,6 +147,11 @@ def threads(count: int) -> Iterator[None]:
 
     Raises:
         ValueError: fewer than one, or more than the machine has processors.
+
+    Example:
+        >>> with threads(1):
+        ...     torch.get_num_threads()
+        1
     """
     most = os.cpu_count() or 1
     if not 1 <= count <= most:
@@ -173,7 +215,15 @@ def warm_up(make: MakeOptimizer) -> None:
 
 
 class Trained(NamedTuple):
-    """What R runs did; NaN from where every run has gone non-finite."""
+    """What R runs did; NaN from where every run has gone non-finite.
+
+    Example:
+        >>> from fastl2o import evaluate, meta
+        >>> adam = evaluate.Entrant.fixed("Adam", 0.1).at(0.1)
+        >>> trained = train(meta.tasks.Quadratic(dim=3), adam, horizon=5, runs=2, seed=0)
+        >>> trained.losses.shape, trained.seconds.shape
+        (torch.Size([6, 2]), torch.Size([6]))
+    """
 
     losses: Tensor  # (horizon + 1, R); row t is the loss after t steps on the minibatch of step t
     seconds: Tensor  # (horizon + 1,), elapsed for all runs together

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_number, check_type
-from .imitation import Imitation
+from .imitation import Imitation, Lesson
 from .schedules import Horizon, draw_horizon
 from .tasks import Task
 from .unroll import Progress
@@ -46,14 +46,14 @@ class Group:
         horizon: inner steps after which new runs are drawn.
         unroll: inner steps of a window.
         progress: where the runs stand.
-        moments: Adam's moments ``(2, R, D)`` where the runs imitate Adam, else None.
+        lesson: what runs that imitate Adam carry along, else None.
     """
 
     task: int
     horizon: int
     unroll: int
     progress: Progress
-    moments: Tensor | None = None
+    lesson: Lesson | None = None
 
     @property
     def finished(self) -> bool:
@@ -65,8 +65,8 @@ class Group:
     ) -> MetaGradient:
         """One window and its meta-gradient; the last window of a run may be shorter."""
         steps = min(self.unroll, self.horizon - self.progress.step)
-        if self.moments is not None and imitation is not None:
-            return imitation.window(rule, self.progress, self.moments, steps)
+        if self.lesson is not None and imitation is not None:
+            return imitation.window(rule, self.progress, self.lesson, steps)
         return estimator.window(rule, self.progress, steps)
 
     def describe(self, result: MetaGradient) -> dict[str, float]:
@@ -75,7 +75,7 @@ class Group:
             "task": self.task,
             "inner_step": self.progress.step,
             "horizon": self.horizon,
-            "imitation": int(self.moments is not None),
+            "imitation": int(self.lesson is not None),
             "meta_loss": float(result.loss),
             "first_loss": float(result.losses[0].mean()),
             "last_loss": float(result.losses[-1].mean()),
@@ -88,7 +88,7 @@ class Group:
             "horizon": self.horizon,
             "unroll": self.unroll,
             "progress": self.progress.state_dict(),
-            "moments": self.moments,
+            "lesson": None if self.lesson is None else self.lesson.state_dict(),
         }
 
 
@@ -116,13 +116,13 @@ class GroupStarter:
             unroll = draw_horizon(self.unroll, outer_step, generator)
         run = self.estimator.sample(self.tasks[task], self.runs, generator, self.dtype)
         progress = self.estimator.begin(rule, run)
-        moments = None
+        lesson = None
         if (
             self.imitation is not None
             and float(torch.rand((), generator=generator)) < self.imitation.probability
         ):
-            moments = self.imitation.moments(progress)
-        return Group(task, horizon, unroll, progress, moments)
+            lesson = self.imitation.begin(rule, progress, generator)
+        return Group(task, horizon, unroll, progress, lesson)
 
     def restore(self, saved: dict[str, Any]) -> Group:
         """A batch of runs as it was saved by ``Group.state_dict``."""
@@ -131,9 +131,9 @@ class GroupStarter:
         run = self.estimator.sample(
             self.tasks[saved["task"]], self.runs, torch.Generator().manual_seed(0), self.dtype
         )
-        moments = None if saved["moments"] is None else saved["moments"].clone()
+        lesson = None if saved["lesson"] is None else Lesson.from_state_dict(saved["lesson"])
         progress = Progress.from_state_dict(run, saved["progress"])
-        return Group(saved["task"], saved["horizon"], saved["unroll"], progress, moments)
+        return Group(saved["task"], saved["horizon"], saved["unroll"], progress, lesson)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,17 @@ _COLUMNS = (
 
 
 class FitResult(NamedTuple):
-    """What ``MetaTrainer.fit`` did."""
+    """What ``MetaTrainer.fit`` did.
+
+    Example:
+        >>> import fastl2o
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> trainer = meta.MetaTrainer(rule, [meta.tasks.Quadratic(dim=3)], runs=2, progress=False)
+        >>> result = trainer.fit(outer_steps=1)
+        >>> result.inner_steps, result.skipped, result.best_step
+        (40, 0, None)
+    """
 
     outer_steps: int  # meta-updates done since the start of training, skipped ones included
     best_step: int | None  # outer step of the best validation so far; None if there was none

@@ -81,13 +81,22 @@ _VALIDATION_KEYS: Keys = {
     "seed": (int,),
     "tasks": (list,),
 }
-_IMITATION_KEYS: Keys = {"probability": (int, float), "lr": (int, float)}
+_IMITATION_KEYS: Keys = {
+    "probability": (int, float),
+    "lr": (int, float),
+    "betas": (list,),
+    "decay": (int, float),
+    "relative": (bool,),
+    "own_path": (int, float),
+    "coordinates": (int,),
+}
 _TOP_KEYS: Keys = {
     "name": (str,),
     "description": (str,),
     "seed": (int,),
     "outer_steps": (int,),
     "start": (str,),
+    "timescales": (list,),
     "rule": (dict,),
     "tasks": (list,),
     "estimator": (dict,),
@@ -147,6 +156,10 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
         raise RecipeError(
             f'{source}: estimator.unroll must be an integer, or "horizon" for windows as long '
             f"as the runs; got {estimator['unroll']!r}"
+        )
+    if len(table.get("timescales", (0, 0))) != 2:
+        raise RecipeError(
+            f"{source}: timescales must be [shortest, longest], got {table['timescales']!r}"
         )
     for key in ("seed", "outer_steps"):
         with naming(source, key):

@@ -27,7 +27,18 @@ _VERSION = 1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which one is still usable."""
+    """A checkpoint could not be written or read; the message says which one is still usable.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
+        >>> try:
+        ...     load_checkpoint(folder)
+        ... except CheckpointError as error:
+        ...     print("delete the directory to start over" in str(error))
+        True
+    """
 
 
 class CheckpointWriter:

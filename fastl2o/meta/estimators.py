@@ -19,7 +19,18 @@ __all__ = ["Estimator", "MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
 
 class MetaGradient(NamedTuple):
-    """One window's outcome."""
+    """One window's outcome.
+
+    Example:
+        >>> import fastl2o
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> estimator = meta.TruncatedBPTT(unroll=5)
+        >>> loss, gradient, losses = estimator.window(rule, meta.start(rule, run))
+        >>> loss.shape, gradient.shape == rule.flat_parameters().shape, losses.shape
+        (torch.Size([]), True, torch.Size([6, 2]))
+    """
 
     loss: Tensor  # 0-dim: the meta-loss, mean over the runs
     gradient: Tensor  # (M,): its gradient, in the order of rule.flat_parameters()
@@ -32,6 +43,11 @@ class Estimator(ABC):
     Attributes:
         unroll: T, the inner steps of a window; None for a window as long as the horizon.
         objective: the meta-loss, one of ``objectives.OBJECTIVES``.
+
+    Example:
+        >>> from fastl2o import meta
+        >>> [estimator.kind for estimator in (meta.TruncatedBPTT(), meta.ES(), meta.PES())]
+        ['bptt', 'es', 'pes']
     """
 
     kind: ClassVar[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,101 +12,169 @@ from torch import Tensor
 from .. import ops
 from ._checks import check_number
 from .estimators import MetaGradient
-from .unroll import Progress
+from .unroll import Progress, step_runs
 
 if TYPE_CHECKING:
     from ..rules import Rule
 
-__all__ = ["Imitation"]
+__all__ = ["Imitation", "Lesson"]
 
-_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's defaults, as the authors use
-# Coordinates whose unrolled graph is held at a time: 16 k x 20 steps x 80 floats are about 100 MB.
-_BLOCK = 16_384
+_EPS = 1e-8  # Adam's, as the authors use
+
+
+@dataclass
+class Lesson:
+    """What a batch of runs that imitates carries from window to window.
+
+    Attributes:
+        moments: Adam's two, ``(2, R, D)``.
+        own_path: whether the runs take the rule's steps, not Adam's.
+        picked: the coordinates ``(n,)`` that are compared, or None for all of them.
+    """
+
+    moments: Tensor
+    own_path: bool = False
+    picked: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The compared coordinates of ``(..., D)``."""
+        return tensor if self.picked is None else tensor[..., self.picked]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return {"moments": self.moments, "own_path": self.own_path, "picked": self.picked}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> Lesson:
+        """Put a saved lesson back."""
+        picked = saved["picked"]
+        return cls(
+            saved["moments"].clone(),
+            bool(saved["own_path"]),
+            None if picked is None else picked.clone(),
+        )
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """Some batches of runs follow Adam, and the rule is fitted to Adam's steps.
+    """Some batches of runs are lessons: the rule is fitted to Adam's steps.
 
-    The gradients seen along Adam's path are fed to the rule; the loss of a step is
+    The gradients seen along a path are fed to the rule and to Adam; the loss of a step is
     1/2 mean over coordinates of (Adam's step - rule's step)^2, summed over the window, mean over
-    the runs.
+    the runs. By default the path is Adam's, as published; a rule that only ever saw Adam's path
+    can drift from it when it takes the steps itself, which ``own_path`` mends (Ross et al. 2011,
+    arXiv 1011.0686).
 
     Args:
         probability: chance that a batch of runs imitates.
         lr: Adam's rate, 0.01 in the paper's code.
+        betas: Adam's decay rates.
+        decay: Adam's rate at step t = 1, 2, ... is lr / sqrt(1 + t / decay); None: lr throughout.
+        relative: steps are compared in units of Adam's rate, so that late steps count as much.
+        own_path: chance that a batch of runs that imitates takes the rule's steps, not Adam's.
+        coordinates: compare as many coordinates, drawn for each batch of runs; None for all.
 
     Example:
-        >>> Imitation(probability=0.3)
-        Imitation(probability=0.3, lr=0.01)
+        >>> Imitation(probability=0.3, decay=300.0).rate(300)
+        0.0070...
     """
 
     probability: float = 0.3
     lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: float | None = None
+    relative: bool = False
+    own_path: float = 0.0
+    coordinates: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("probability", self.probability, minimum=0)
-        if self.probability > 1:
-            raise ValueError(f"probability must be at most 1, got {self.probability!r}")
+        for name in ("probability", "own_path"):
+            check_number(name, getattr(self, name), minimum=0)
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         check_number("lr", self.lr, minimum=0, exclusive=True)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            check_number("betas", beta, minimum=0, below=1)
+        if self.decay is not None:
+            check_number("decay", self.decay, minimum=0, exclusive=True)
+        if self.coordinates is not None:
+            check_number("coordinates", self.coordinates, minimum=1, integer=True)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        return asdict(self)
+        return {**asdict(self), "betas": list(self.betas)}
 
-    def moments(self, progress: Progress) -> Tensor:
-        """Adam's two moments for runs that start, ``(2, R, D)``."""
-        return progress.params.new_zeros((2, *progress.params.shape))
+    def rate(self, count: int) -> float:
+        """Adam's rate at its step number ``count`` = 1, 2, ..."""
+        return self.lr if self.decay is None else self.lr / math.sqrt(1 + count / self.decay)
 
-    def window(self, rule: Rule, progress: Progress, moments: Tensor, steps: int) -> MetaGradient:
-        """Follow Adam for ``steps`` steps, in place, and differentiate the rule's misfit."""
+    def begin(self, rule: Rule, progress: Progress, generator: torch.Generator) -> Lesson:
+        """A lesson for runs that start; where only some coordinates follow, so does the state."""
+        params = progress.params
+        own_path = self.own_path > 0 and float(torch.rand((), generator=generator)) < self.own_path
+        picked = None
+        if self.coordinates is not None and self.coordinates < params.shape[1]:
+            drawn = torch.randperm(params.shape[1], generator=generator)
+            picked = drawn[: self.coordinates].sort().values
+        lesson = Lesson(params.new_zeros((2, *params.shape)), own_path, picked)
+        if not own_path:
+            seen = lesson.of(params)
+            progress.state = ops.coordinate_wise(rule).init_state(seen, seen.dtype)
+        return lesson
+
+    def window(self, rule: Rule, progress: Progress, lesson: Lesson, steps: int) -> MetaGradient:
+        """Go along the lesson's path for ``steps``, in place, and differentiate the misfit."""
         grads, targets, losses = [], [], [progress.losses]
+        # On Adam's path the state is advanced by the misfit's own evaluation of the rule.
+        state = lesson.of(progress.state).clone() if lesson.own_path else progress.state
         for t in range(steps):
-            grads.append(progress.grads)
-            targets.append(self._adam_step(progress.grads, moments, progress.step + t + 1))
-            progress.params.add_(targets[-1])
+            target = self._adam_step(progress.grads, lesson.moments, progress.step + t + 1)
+            grads.append(lesson.of(progress.grads))
+            targets.append(lesson.of(target))
+            if lesson.own_path:
+                step_runs(
+                    *(rule, progress.params, progress.grads.contiguous(), progress.state),
+                    *(progress.step + t, progress.run.tensor_sizes, 1.0, 0.0),
+                )
+            else:
+                progress.params.add_(target)
             loss, progress.grads = progress.run.loss_and_grad(
                 progress.params, progress.run.next_batch()
             )
             losses.append(loss)
+        units = [self.rate(progress.step + t + 1) if self.relative else 1.0 for t in range(steps)]
         misfit, gradient = _misfit_gradient(
-            rule, torch.stack(grads), torch.stack(targets), progress
+            rule, torch.stack(grads), torch.stack(targets), state, progress.step, units
         )
         progress.step += steps
         progress.losses = losses[-1].clone()
         return MetaGradient(misfit, gradient, torch.stack(losses))
 
     def _adam_step(self, grads: Tensor, moments: Tensor, count: int) -> Tensor:
-        moments[0].lerp_(grads, 1 - _BETA1)
-        moments[1].lerp_(grads.square(), 1 - _BETA2)
-        denominator = (moments[1] / (1 - _BETA2**count)).sqrt_().add_(_EPS)
-        return moments[0] / denominator * (-self.lr / (1 - _BETA1**count))
+        beta1, beta2 = self.betas
+        moments[0].lerp_(grads, 1 - beta1)
+        moments[1].lerp_(grads.square(), 1 - beta2)
+        denominator = (moments[1] / (1 - beta2**count)).sqrt_().add_(_EPS)
+        return moments[0] / denominator * (-self.rate(count) / (1 - beta1**count))
 
 
 def _misfit_gradient(
-    rule: Rule, grads: Tensor, targets: Tensor, progress: Progress
+    rule: Rule, grads: Tensor, targets: Tensor, state: Tensor, first_step: int, units: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Misfit (0-dim) and its gradient (M,); advances ``progress.state``.
+    """Misfit (0-dim) and its gradient (M,); advances ``state``.
 
-    ``grads`` and ``targets`` are ``(T, R, D)``.
-
-    The rule acts on every coordinate alone, so blocks of coordinates are differentiated one after
-    the other.
+    ``grads`` and ``targets`` are ``(T, R, n)``; step t is measured in ``units[t]``.
     """
-    rule = ops.coordinate_wise(rule)
-    meta = rule.flat_parameters().detach().requires_grad_()
     steps, count = grads.shape[0], grads[0].numel()
-    flat_grads, flat_targets = grads.reshape(steps, count), targets.reshape(steps, count)
-    flat_state = progress.state.view(progress.state.shape[0], count)
-    total, gradient = meta.new_zeros(()), torch.zeros_like(meta)
-    for begin in range(0, count, _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        state, misfit = flat_state[:, block].contiguous(), meta.new_zeros(())
+    before, updates = state.clone(), torch.zeros_like(grads)
+    with torch.no_grad():
         for t in range(steps):
-            inputs = flat_grads[t, block].contiguous()
-            update, state = ops.step(rule, inputs, state, progress.step + t, meta)
-            misfit = misfit + (flat_targets[t, block] - update).square().sum() * (0.5 / count)
-        gradient += torch.autograd.grad(misfit, meta)[0]
-        total += misfit.detach()
-        flat_state[:, block] = state.detach()
-    return total, gradient
+            step_runs(rule, updates[t], grads[t], state, first_step + t, grads.shape[2:], 1.0, 0.0)
+    unit = grads.new_tensor(units).view(-1, 1, 1)
+    apart = (updates - targets) / unit
+    gradient, _ = ops.unroll_backward(
+        rule, grads, before, steps=steps, step=first_step, d_updates=apart / unit / count
+    )
+    return apart.square().sum() * (0.5 / count), gradient

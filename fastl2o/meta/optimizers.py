@@ -67,6 +67,14 @@ class MuonAdam(torch.optim.Optimizer):
             self._parts.append(torch.optim.Adam(others, lr=rate, betas=betas))
         super().__init__([dict(part.param_groups[0]) for part in self._parts], {})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch copies and pickles groups and state alone.
+        super().__setstate__(state)
+        self._parts = [
+            (torch.optim.Muon if "ns_steps" in group else torch.optim.Adam)(group["params"])
+            for group in self.param_groups
+        ]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the ``.grad`` of the parameters; returns the closure's value, if any."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..rules import CoordinateRule
 from ._checks import check_number
 from ._recipe_schema import ESTIMATORS, OPTIMIZERS, RecipeError, check_recipe, check_tasks, naming
 from ._recipe_tasks import TASK_LISTS, TASKS, listed_families, transformed
@@ -67,6 +68,8 @@ class Recipe:
         seed: of the rule's initialisation, the tasks and the validation runs.
         start: shipped name or path of the rule to continue from, instead of a fresh one; it must
             have the configuration of ``rule``.
+        timescales: [shortest, longest] memory, in steps, that half of each LSTM layer's units
+            start with; see ``CoordinateRule.draw_timescales``.
         description: one line for people.
     """
 
@@ -83,6 +86,7 @@ class Recipe:
     card: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     start: str | None = None
+    timescales: list[float] | None = None
     description: str = ""
 
 
@@ -203,7 +207,16 @@ def build_trainer(
     with naming(source, "rule"):
         arguments = dict(recipe.rule)
         rule = from_config(arguments.pop("family"), arguments)
-        rule.reset_parameters(torch.Generator().manual_seed(recipe.seed))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        rule.reset_parameters(generator)
+    if recipe.timescales is not None:
+        with naming(source, "timescales"):
+            if not isinstance(rule, CoordinateRule):
+                raise ValueError(
+                    f"a rule of family {rule.family!r} has no LSTM layers; leave timescales out"
+                )
+            low, high = recipe.timescales
+            rule.draw_timescales(low, high, generator)
     if recipe.start is not None:
         with naming(source, "start"):
             first = load(recipe.start, family=rule.family)
@@ -236,7 +249,12 @@ def build_trainer(
         with naming(source, "validation"):
             validation = Validation(**arguments)
     with naming(source, "imitation"):
-        imitation = None if recipe.imitation is None else Imitation(**recipe.imitation)
+        imitation = None
+        if recipe.imitation is not None:
+            arguments = dict(recipe.imitation)
+            if "betas" in arguments:
+                arguments["betas"] = tuple(arguments["betas"])
+            imitation = Imitation(**arguments)
     with naming(source, "trainer"):
         for name in ("horizon", "unroll"):
             as_horizon(recipe.trainer.get(name, 100), name)

@@ -72,6 +72,16 @@ class Progress:
         grads: gradient at ``params`` ``(R, D)``.
         first_losses: f at the initial parameters ``(R,)``.
         perturbations: of the meta-parameters, where the estimator disturbs them.
+
+    Example:
+        >>> import fastl2o, torch
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> progress = meta.start(rule, run)
+        >>> _ = meta.run_window(rule, progress, steps=5)
+        >>> progress.step, progress.params.shape, progress.state.shape
+        (5, torch.Size([2, 3]), torch.Size([8, 2, 3]))
     """
 
     run: TaskRun
@@ -108,7 +118,17 @@ class Progress:
 
 
 class Window(NamedTuple):
-    """The record of T inner steps of R runs."""
+    """The record of T inner steps of R runs.
+
+    Example:
+        >>> import fastl2o, torch
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> window = meta.run_window(rule, meta.start(rule, run), steps=5)
+        >>> window.grads.shape, window.step
+        (torch.Size([6, 2, 3]), 0)
+    """
 
     grads: Tensor  # (T + 1, R, D): g_0 .. g_T
     losses: Tensor  # (T + 1, R): f_0 .. f_T
@@ -125,6 +145,14 @@ def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
         rule: the rule that will step them.
         run: what they train.
         state: to start from in place of ``rule.init_runs``.
+
+    Example:
+        >>> import fastl2o, torch
+        >>> from fastl2o import meta
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> progress = start(fastl2o.LSTMRule(), run)
+        >>> progress.step, bool((progress.losses == progress.first_losses).all())
+        (0, True)
     """
     params = run.params.clone(memory_format=torch.contiguous_format)
     if state is None:
@@ -146,6 +174,15 @@ def run_window(
         progress: where the runs stand; advanced in place.
         steps: T, at least 1.
         lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
+
+    Example:
+        >>> import fastl2o, torch
+        >>> from fastl2o import meta
+        >>> rule = fastl2o.LSTMRule.as_sgd(0.01, num_layers=0)
+        >>> run = meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> window = run_window(rule, start(rule, run), steps=5)
+        >>> window.losses.shape, bool((window.losses[5] < window.losses[0]).all())
+        (torch.Size([6, 2]), True)
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -157,7 +194,7 @@ def run_window(
     sizes = progress.run.tensor_sizes
     with torch.no_grad():
         for t in range(steps):
-            _step(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
+            step_runs(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
             losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
                 params, progress.run.next_batch()
             )
@@ -195,7 +232,7 @@ def roll(
     with torch.no_grad():
         for t in range(steps):
             taken = progress.step + t
-            _step(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
+            step_runs(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
             loss, grads = progress.run.loss_and_grad(progress.params, progress.run.next_batch())
             losses.append(loss)
     if apart:
@@ -205,7 +242,7 @@ def roll(
     return torch.stack(losses)
 
 
-def _step(
+def step_runs(
     rule: Rule,
     params: Tensor,
     grads: Tensor,
@@ -216,6 +253,7 @@ def _step(
     weight_decay: float,
     meta: Tensor | None = None,
 ) -> None:
+    """Take one step of all runs in place, with ``meta (R, M)`` each by a row of its own."""
     if isinstance(rule, HierarchicalRule):
         hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay, meta)
         return

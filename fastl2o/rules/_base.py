@@ -20,8 +20,8 @@ class Rule(nn.Module, abc.ABC):
     """Base of all rules: a network, shared by all coordinates, that turns gradients into updates.
 
     A rule holds meta-parameters and defines, in plain torch, what is computed; `fastl2o.ops`
-    decides how. The update u of a step is **added**: theta' = (1 - lr * weight_decay) * theta + lr
-    * u.
+    decides how. The update u of a step is **added**:
+    theta' = (1 - lr * weight_decay) * theta + lr * u.
 
     Attributes:
         family: name of the architecture, as written in rule files.
@@ -33,6 +33,14 @@ class Rule(nn.Module, abc.ABC):
 
     Subclasses give `config`, `state_planes`, `reset_parameters` and the reference step: those whose
     coordinates do not talk to each other through `CoordinateRule`.
+
+    Example:
+        >>> import fastl2o
+        >>> rule = fastl2o.LSTMRule(hidden_size=4, num_layers=1)
+        >>> isinstance(rule, fastl2o.Rule), rule.family, rule.state_planes
+        (True, 'lstm', 8)
+        >>> rule.flat_parameters().shape[0] == rule.num_meta_parameters
+        True
     """
 
     family: ClassVar[str]

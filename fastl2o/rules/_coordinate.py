@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ._base import Rule, Weights
+from ._base import LARGEST, Rule, Weights, check_number
+from ._modules import LSTMLayer, draw_timescales_
 
 
 class CoordinateRule(Rule):
@@ -53,6 +55,34 @@ class CoordinateRule(Rule):
     ) -> tuple[Tensor, Tensor]:
         """`reference_step` of all coordinates; see `Rule.reference_runs_step`."""
         return self.reference_step(grads, state, step, meta)
+
+    @torch.no_grad()
+    def draw_timescales(
+        self, low: float, high: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Start half of each LSTM layer's units with long memories, by the biases of their gates.
+
+        T is drawn log-uniformly from [low, high] for each of them; its forget gate starts at
+        1 - 1/T and its input gate at 1/T, so that it holds an average over about T steps. After
+        the chrono initialisation of Tallec and Ollivier (arXiv 1804.11188, section 2), who draw T
+        uniformly. A rule that is to slow down over thousands of steps needs such units.
+
+        Args:
+            low, high: steps, 1 < low <= high.
+            generator: source of the numbers.
+
+        Example:
+            >>> import fastl2o
+            >>> rule = fastl2o.LSTMRule(hidden_size=4)
+            >>> rule.draw_timescales(100.0, 100.0)
+            >>> round(rule.layers[0].bias[4].sigmoid().item(), 4)
+            0.99
+        """
+        low = check_number("low", low, "above 1", math.nextafter(1.0, 2.0), LARGEST)
+        high = check_number("high", high, f"of at least low = {low}", low, LARGEST)
+        for layer in self.modules():
+            if isinstance(layer, LSTMLayer):
+                draw_timescales_(layer, low, high, generator)
 
     # The specification
     # ----------------------------------------------------------------------------------------------
@@ -108,7 +138,7 @@ class CoordinateRule(Rule):
             what it belongs to.
 
         Raises:
-            As `reference_step`.
+            ValueError, TypeError: as `reference_step`.
         """
         with torch.no_grad():
             flat_grad, planes, weights = self._inputs(grad, state, meta)

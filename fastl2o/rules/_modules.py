@@ -41,6 +41,22 @@ def saturate_gates(layer: LSTMLayer, forget_bias: float) -> None:
     b_f.fill_(forget_bias)
 
 
+def draw_timescales_(
+    layer: LSTMLayer, low: float, high: float, generator: torch.Generator | None
+) -> None:
+    """Let half of the layer's units forget over T steps, T log-uniform in [low, high].
+
+    Their forget gates start at 1 - 1/T and their input gates at 1/T, by biases alone.
+    """
+    b_i, b_f, _, _ = layer.bias.chunk(4)
+    units = len(b_i) // 2
+    drawn = torch.rand(units, generator=generator, dtype=torch.float64)
+    steps = low * (high / low) ** drawn
+    biases = torch.log(steps - 1).to(b_f)
+    b_f[:units] = biases
+    b_i[:units] = -biases
+
+
 def truncated_normal_(tensor: Tensor, sd: float, generator: torch.Generator | None) -> None:
     """Normal, sd as given before truncation at two of them, as TensorFlow's initialiser."""
     nn.init.trunc_normal_(tensor, std=sd, a=-2 * sd, b=2 * sd, generator=generator)

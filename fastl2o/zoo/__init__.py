@@ -23,6 +23,10 @@ def path(name: str) -> Path:
 
     Raises:
         ValueError: there is none of that name; the message lists those there are.
+
+    Example:
+        >>> path("lstm-mnist").name
+        'lstm-mnist.safetensors'
     """
     if name not in names():
         raise ValueError(
@@ -37,6 +41,10 @@ def card(name: str) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no shipped rule of that name.
+
+    Example:
+        >>> isinstance(card("lstm-mnist"), dict)
+        True
     """
     from .._files import read_card  # here, because _files looks names up in this module
 

@@ -36,8 +36,15 @@ class TaskRun(ABC):
 
     Attributes:
         tensors: everything drawn when the run was sampled, by name, runs in front; holds at least
-        ``params``.
+            ``params``.
         generator: the run's own generator, from which ``next_batch`` draws.
+
+    Example:
+        >>> import fastl2o
+        >>> run = fastl2o.meta.tasks.Quadratic(dim=3).sample(2, torch.Generator().manual_seed(0))
+        >>> losses, grads = run.loss_and_grad(run.params, run.next_batch())
+        >>> run.num_runs, run.dim, losses.shape, grads.shape
+        (2, 3, torch.Size([2]), torch.Size([2, 3]))
     """
 
     def __init__(self, tensors: dict[str, Tensor], generator: torch.Generator) -> None:
@@ -128,7 +135,17 @@ class FunctionRun(TaskRun):
 
 
 class VmapRun(FunctionRun):
-    """A run that defines the loss of one run; ``torch.func.vmap`` batches it over the runs."""
+    """A run that defines the loss of one run; ``torch.func.vmap`` batches it over the runs.
+
+    Example:
+        >>> class Cubes(VmapRun):
+        ...     def loss(self, params):
+        ...         return (params ** 3).sum()
+        >>> run = Cubes({"params": torch.ones(2, 3)}, torch.Generator())
+        >>> run.loss_and_grad(run.params, run.next_batch())[1]
+        tensor([[3., 3., 3.],
+                [3., 3., 3.]])
+    """
 
     @abstractmethod
     def loss(self, params: Tensor, *inputs: Tensor) -> Tensor:
@@ -149,6 +166,14 @@ class BatchedRun(FunctionRun):
     """A run that defines the losses of all runs at once, differentiated by one backward.
 
     For problems of a few coordinates that costs a fraction of ``vmap``.
+
+    Example:
+        >>> class Cubes(BatchedRun):
+        ...     def batched(self, params):
+        ...         return (params ** 3).sum(dim=1)
+        >>> run = Cubes({"params": torch.ones(2, 3)}, torch.Generator())
+        >>> run.loss_and_grad(run.params, run.next_batch())[0]
+        tensor([3., 3.])
     """
 
     @abstractmethod
@@ -167,7 +192,22 @@ class BatchedRun(FunctionRun):
 
 
 class Task(ABC):
-    """A family of optimizees. Sampling it gives a ``TaskRun``: R runs that advance as one batch."""
+    """A family of optimizees. Sampling it gives a ``TaskRun``: R runs that advance as one batch.
+
+    Example:
+        >>> class Bowl(VmapRun):
+        ...     def loss(self, params):
+        ...         return (params ** 2).sum()
+        >>> class Bowls(Task):
+        ...     def sample(self, num_runs, generator, dtype=torch.float32):
+        ...         params = torch.randn(num_runs, 5, generator=generator, dtype=dtype)
+        ...         seed = int(torch.randint(2**62, (), generator=generator))
+        ...         return Bowl({"params": params}, torch.Generator().manual_seed(seed))
+        ...     def config(self):
+        ...         return {}
+        >>> Bowls().sample(4, torch.Generator().manual_seed(0)).params.shape
+        torch.Size([4, 5])
+    """
 
     @abstractmethod
     def sample(

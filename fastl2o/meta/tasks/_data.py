@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 DATA_VARIABLE = "FASTL2O_DATA"
+"""The environment variable that names the MNIST file, or its folder."""
+
 _HOW = (
     f"pass the path of an mnist.npz, or set ${DATA_VARIABLE} to that file or to a directory "
     "that holds it"
@@ -88,6 +90,13 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 
     Raises:
         FileNotFoundError: if neither leads to a file; the message says what to pass.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "mnist.npz").write_bytes(b"")
+        >>> find_mnist(folder).name
+        'mnist.npz'
     """
     given = os.fspath(path) if path is not None else os.environ.get(DATA_VARIABLE, "")
     source = "data" if path is not None else f"${DATA_VARIABLE}"
