@@ -52,7 +52,7 @@ OWN_OPTIONS = frozenset(
 )
 
 # What a parameter's state holds that torch's load_state_dict must not cast or share.
-OWN_ENTRIES = ("planes", "step", "tensor")
+OWN_ENTRIES = ("planes", "step", "tensor", "global")
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
