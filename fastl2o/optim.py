@@ -21,13 +21,12 @@ from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
 from ._optim_problem import PREFIX, place_globals, restored_globals
 from ._optim_run import Amp, run
-from ._optim_saved import saved_groups, with_dtypes
+from ._optim_saved import check_state_dict, saved_groups, with_dtypes
 from ._optim_state import (
     CHECKED_OPTIONS,
     GROUP_DEFAULTS,
     OWN_ENTRIES,
     check_options,
-    check_state_dict,
     laid_out,
     new_step,
     resolve_rule,
