@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from . import zoo
+from . import _hub, zoo
 from .rules import FAMILIES, Rule, from_config
 
 FORMAT = "fastl2o-rule"
@@ -96,21 +96,34 @@ def save_rule(
     atomic_write(path, save_tensors(tensors, metadata={FORMAT: text}))
 
 
-def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> Rule:
-    """Load a rule, shipped or from a file.
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    local_files_only: bool = False,
+) -> Rule:
+    """Load a rule, shipped, from a file or from the Hugging Face Hub.
 
     Args:
-        name_or_path: the name of a shipped rule (see `fastl2o.zoo.names()`), or a path; a string
-            counts as a path if it ends in .safetensors or has a path separator.
+        name_or_path: the name of a shipped rule (see `fastl2o.zoo.names()`); a path (a string
+            counts as one if it ends in .safetensors or has a path separator); or
+            `"hf://owner/name@revision"`, a repository on the Hub that `rule.push_to_hub` wrote.
+            The revision is a commit, a tag or a branch; there is no default. Its
+            `rule.safetensors` is loaded, or the file named behind it: `"hf://.../my.safetensors"`.
+            Needs the extra `hub`; nothing else here uses the network.
         family: accept only rules of this family, "lstm", "rnnprop" or "hierarchical".
+        local_files_only: take a rule of the Hub from the local cache and never from the network.
 
     Returns:
-        The rule, on the CPU, with its `card`.
+        The rule, on the CPU, with its `card`; one from the Hub notes the address with the commit in
+        `card["source"]`.
 
     Raises:
-        ValueError: an unknown name, or a file that is truncated, no rule file, of another family or
-            version, or whose tensors have wrong names, shapes, dtypes or values.
-        OSError: the file cannot be read (FileNotFoundError if it is not there).
+        ValueError: an unknown name, an address without revision, or a file that is truncated, no
+            rule file, of another family or version, or whose tensors have wrong names, shapes,
+            dtypes or values.
+        ImportError: an `hf://` address without huggingface_hub.
+        OSError: the file cannot be read (FileNotFoundError if it is not there) or downloaded.
 
     Example:
         >>> import fastl2o
@@ -118,7 +131,19 @@ def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> 
         Traceback (most recent call last):
         ...
         ValueError: no shipped rule is named 'no-such-rule'...
+        >>> fastl2o.load("hf://owner/name")
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid address: 'hf://owner/name' has no revision...
     """
+    if _hub.is_address(name_or_path):
+        address = _hub.parse_address(str(name_or_path))
+        path, source = _hub.download(
+            address, largest=_LARGEST_FILE, local_files_only=local_files_only
+        )
+        rule = _parse_rule(_read(path), source, family)
+        rule.card["source"] = source
+        return rule
     is_name = isinstance(name_or_path, str) and not (
         name_or_path.endswith(".safetensors") or os.sep in name_or_path or "/" in name_or_path
     )
@@ -130,9 +155,13 @@ def load(name_or_path: str | os.PathLike[str], *, family: str | None = None) -> 
             f"there is no rule file {path}; pass the path of one that was written by rule.save, or "
             f"a shipped rule's name: {', '.join(zoo.names()) or 'there are none'}"
         )
+    return _parse_rule(_read(path), str(path), family)
+
+
+def _read(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path}: larger than any rule; pass a file that was written by rule.save")
-    return _parse_rule(path.read_bytes(), str(path), family)
+    return path.read_bytes()
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from . import backends, ops
 from ._optim_attention import follow_lr, lr_changed, refuse_evaluating
 from ._optim_nonfinite import first_nonfinite, raise_nonfinite
 from ._optim_plan import Groups, Plan, State, create_missing, gather
+from ._optim_problem import place_globals
 from ._optim_shards import is_split
 from ._optim_state import as_float, describe_param
 from .rules import CoordinateRule, HierarchicalRule
@@ -67,6 +68,7 @@ def differentiable_step(groups: Groups, state: State) -> None:
             changes += _step_together(owners, params, mine, entries, bucket.shared)
     for change in changes:
         change()
+    place_globals(groups, state)  # where a shared state was replaced
 
 
 def _check(plan: Plan, groups: Groups, state: State) -> None:

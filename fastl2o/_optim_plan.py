@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._ops_nonfinite import scratch
-from ._optim_problem import global_problem, new_global, problem_key, problem_names
+from ._optim_problem import global_problem, new_global, place_globals, problem_key, problem_names
 from ._optim_shards import is_split, local, placement_problem
 from ._optim_state import (
     PARAM_DTYPES,
@@ -249,6 +249,7 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
                 "shape or device were changed on purpose, delete its optimizer.state entry"
             )
     buckets: dict[tuple[Any, ...], Bucket] = {}
+    place_globals(groups, state)
     names = problem_names(groups)
     for i, (p, grad, entry) in enumerate(zip(plan.active, grads, states, strict=True)):
         layout = layout_of(local(p))

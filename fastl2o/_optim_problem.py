@@ -1,12 +1,14 @@
 """Parameters that a hierarchical rule optimizes together: which they are, and their shared state.
 
-The rule's global state belongs to no parameter: it lies in ``optimizer.state["global/<n>"]``, a
-name that torch's ``state_dict`` keeps as it is.
+The rule's global state belongs to no parameter: it lies in ``optimizer.state["global/<n>"]``. What
+torch has for parallel training (distributed checkpoints, ZeroRedundancyOptimizer) moves the states
+of parameters only, so the same tensor is also an entry of one parameter's state, and that one is
+what a state_dict holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from ._optim_state import uses_reference
 from .rules import HierarchicalRule
 
 PREFIX = "global/"
+# Under this name one parameter of a problem holds what all of them share.
+ENTRY = "global"
 
 
 def problem_key(group: Mapping[str, Any], param: Tensor) -> Hashable | None:
@@ -37,6 +41,35 @@ def problem_names(groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, str]:
             if key is not None:
                 names.setdefault(key, f"{PREFIX}{len(names)}")
     return names
+
+
+def _members(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], Tensor, Any]]:
+    """Problem, group, parameter and state of each parameter that has a problem and a state."""
+    names = problem_names(groups)
+    for group in groups if names else ():
+        for param in group["params"]:
+            name, entry = names.get(problem_key(group, param)), state.get(param)
+            if name is not None and entry:
+                yield name, group, param, entry
+
+
+def place_globals(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Any, Any]) -> None:
+    """Let the first parameter of each problem that has state hold what the problem shares.
+
+    A shared state that only a parameter holds, because something else than load_state_dict put it
+    there, is taken up.
+    """
+    members: dict[str, list[dict[str, Any]]] = {}
+    for name, _, _, entry in _members(groups, state):
+        members.setdefault(name, []).append(entry)
+    for name, entries in members.items():
+        held = [entry.pop(ENTRY) for entry in entries if ENTRY in entry]
+        if name not in state and held:
+            state[name] = {"hidden": held[0]}
+        if name in state:
+            entries[0][ENTRY] = state[name]["hidden"]
 
 
 def new_global(rule: HierarchicalRule, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -71,20 +104,27 @@ def restored_globals(
         {**options, "rule": group["rule"], "params": group["params"]}
         for options, group in zip(saved_groups, groups, strict=True)
     ]
-    names = problem_names(loaded)
+    states = {
+        param: saved.get(param_id)
+        for group, saved_group in zip(loaded, saved_groups, strict=True)
+        for param_id, param in zip(saved_group["params"], group["params"], strict=True)
+    }
+    firsts: dict[str, tuple[Mapping[str, Any], Tensor]] = {}
+    held: dict[str, Any] = {}
+    for name, group, param, entry in _members(loaded, states):
+        firsts.setdefault(name, (group, param))
+        if ENTRY in entry:
+            held.setdefault(name, {"hidden": entry[ENTRY]})
     restored: dict[str, dict[str, Tensor]] = {}
-    for group, saved_group in zip(loaded, saved_groups, strict=True):
-        for param_id, param in zip(saved_group["params"], group["params"], strict=True):
-            name = names.get(problem_key(group, param))
-            if name is None or name in restored or not saved.get(param_id):
-                continue
-            problem = global_problem(saved.get(name), group["rule"])
-            if problem is not None:
-                raise ValueError(
-                    f"loaded state dict: state[{name!r}] {problem}. It belongs to another rule, or "
-                    "to an optimizer whose parameters were on other devices"
-                )
-            hidden = saved[name]["hidden"]
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            restored[name] = {"hidden": hidden.detach().to(param.device, wide, copy=True)}
+    for name, (group, param) in firsts.items():
+        shared: Any = held.get(name, saved.get(name))  # older checkpoints have it under its name
+        problem = global_problem(shared, group["rule"])
+        if problem is not None:
+            raise ValueError(
+                f"loaded state dict: {name!r}, what its parameters share, {problem}. It belongs to "
+                "another rule, or to an optimizer whose parameters were on other devices"
+            )
+        hidden = shared["hidden"]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        restored[name] = {"hidden": hidden.detach().to(param.device, wide, copy=True)}
     return restored

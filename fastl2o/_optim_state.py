@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ._hub import is_address
 from ._optim_shards import is_split, local, part_of, planes_of
 from ._rounding import step_seed
 from .rules import CoordinateRule, HierarchicalRule, Rule
@@ -46,13 +46,8 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "evaluating": False,
 }
 
-# By which a group of ours is told from one of another optimizer, whose lr would be taken over.
-OWN_OPTIONS = frozenset(
-    ("rule", "nonfinite", "state_dtype", "stochastic_rounding", "seed", "rounding_step")
-)
-
 # What a parameter's state holds that torch's load_state_dict must not cast or share.
-OWN_ENTRIES = ("planes", "step", "tensor")
+OWN_ENTRIES = ("planes", "step", "tensor", "global")
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -80,6 +75,11 @@ def resolve_rule(rule: Rule | str | os.PathLike[str]) -> Rule:
     if isinstance(rule, (str, os.PathLike)):
         from . import load  # the package imports this module, so only at call time
 
+        if is_address(rule):
+            raise ValueError(
+                f"Invalid rule: {rule!r}. An optimizer downloads nothing: give it what "
+                f"fastl2o.load({rule!r}) returns"
+            )
         return load(rule)
     raise TypeError(
         f"Invalid rule: {type(rule).__name__}. Give a fastl2o Rule such as fastl2o.LSTMRule(), "
@@ -303,93 +303,3 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
 def new_step(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a step counter: a new 0-dim float32 tensor."""
     return torch.tensor(as_float(value), dtype=torch.float32, device=device)
-
-
-def rule_identity(rule: Rule) -> dict[str, Any]:
-    """Return family, config and a digest of the meta-parameters: plain JSON-able values.
-
-    It stands for the rule in a state_dict: a state belongs to the meta-parameters it was made by.
-    """
-    flat = rule.flat_parameters().detach().to("cpu", torch.float32)
-    digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
-    return {"family": rule.family, "config": dict(rule.config()), "digest": digest}
-
-
-def identity_problem(saved: Any, rule: Rule) -> str | None:
-    """Return how the rule noted in a checkpoint's group differs from ``rule``, or None."""
-    if saved is None:
-        return None
-    if isinstance(saved, Rule):
-        saved = rule_identity(saved)
-    if not isinstance(saved, Mapping):
-        return f"notes an unreadable rule: {saved!r}"
-    own = rule_identity(rule)
-    for key in ("family", "config"):
-        if saved.get(key) != own[key]:
-            return f"was made by a rule of {key} {saved.get(key)}, this rule's is {own[key]}"
-    if saved.get("digest") != own["digest"]:
-        return "was made by a rule with other meta-parameters"
-    return None
-
-
-def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless ``state_dict`` fits ``groups``; nothing is changed.
-
-    Raises:
-        ValueError: another rule, another shape, an impossible option. The message names the group
-            and, where there is one, the parameter.
-    """
-    if not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError(
-            f"loaded state dict has the keys {sorted(map(str, state_dict))[:5]}, not 'state' and "
-            "'param_groups'. Give what an optimizer's state_dict() returned"
-        )
-    saved_groups = state_dict["param_groups"]
-    if not (
-        isinstance(state_dict["state"], Mapping)
-        and isinstance(saved_groups, Sequence)
-        and all(isinstance(group, Mapping) and "params" in group for group in saved_groups)
-        and all(isinstance(entry, Mapping) for entry in state_dict["state"].values())
-    ):
-        raise ValueError(
-            "loaded state dict is malformed: 'state' must map parameter ids to dictionaries, "
-            "'param_groups' must be a list of dictionaries with 'params'"
-        )
-    sizes = [len(group["params"]) for group in groups]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"loaded state dict has parameter groups of {saved_sizes} parameters, "
-            f"this optimizer has groups of {sizes}"
-        )
-    for group_idx, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        rule = group["rule"]
-        if not OWN_OPTIONS & set(saved):
-            raise ValueError(
-                f"loaded state dict: group {group_idx} has the options {sorted(map(str, saved))}, "
-                "none of a LearnedOptimizer's own: it is of another optimizer. Give what a "
-                "LearnedOptimizer's state_dict() returned"
-            )
-        try:
-            check_options({**group, **saved})
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"group {group_idx} of the loaded state dict: {error}") from None
-        problem = identity_problem(saved.get("rule"), rule)
-        if problem is not None and sizes[group_idx]:
-            name = describe_param(groups, group_idx, 0)
-            raise ValueError(
-                f"loaded state dict: the state of {name} {problem}. Load it with the rule it was "
-                "saved with; to use the state with this rule all the same, delete 'rule' from the "
-                "groups of the state dict"
-            )
-        for position, param_id in enumerate(saved["params"]):
-            state = state_dict["state"].get(param_id)
-            if not state:
-                continue
-            problem = state_problem(state, rule, group["params"][position])
-            if problem is not None:
-                name = describe_param(groups, group_idx, position)
-                raise ValueError(
-                    f"loaded state dict: the state of {name} {problem}. It belongs to another "
-                    "rule, optimizer or model"
-                )

@@ -20,18 +20,17 @@ from ._optim_capture import refuse_capture
 from ._optim_differentiable import differentiable_step
 from ._optim_nonfinite import refuse, unchecked
 from ._optim_plan import Plan, create_missing, gather
-from ._optim_problem import restored_globals
+from ._optim_problem import PREFIX, place_globals, restored_globals
 from ._optim_run import Amp, run
+from ._optim_saved import check_state_dict, saved_groups, with_dtypes
 from ._optim_state import (
     CHECKED_OPTIONS,
     GROUP_DEFAULTS,
     OWN_ENTRIES,
     check_options,
-    check_state_dict,
     laid_out,
     new_step,
     resolve_rule,
-    rule_identity,
     uses_reference,
     without_hooks,
 )
@@ -79,8 +78,8 @@ class LearnedOptimizer(Optimizer):
     State: ``state[p]["planes"]`` is (S, *p.shape), with a last dimension of two added for a complex
     parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor; a
     hierarchical rule has ``state[p]["tensor"]`` (tensor_size + 1,), whose last number is the mean
-    of the log rates, and ``state["global/<n>"]["hidden"]``, which all its parameters share. They
-    start at random rates that ``seed`` decides.
+    of the log rates, and ``state["global/<n>"]["hidden"]``, which all its parameters share and the
+    first of them holds as ``state[p]["global"]``. They start at random rates that ``seed`` decides.
     ``state_dict()`` holds tensors, numbers and strings only and notes the rule's family, config and
     a digest of its meta-parameters; loading it with another rule is refused. The rule itself is
     not in the state_dict (save it with ``rule.save``), but in copies and pickles of the optimizer.
@@ -264,19 +263,18 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and options as torch does, each rule as its identity.
 
-        ``param_groups[i]["rule"]`` is ``{"family", "config", "digest"}``, so that the result can be
-        read with ``torch.load(..., weights_only=True)``.
+        ``param_groups[i]["rule"]`` is ``{"family", "config", "digest"}`` and ``"state_dtype"`` a
+        name, so that the result can be read with ``torch.load(..., weights_only=True)`` and goes
+        through ``torch.distributed.checkpoint``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        place_globals(self.param_groups, self.state)
         with without_hooks(self):
             state_dict = super().state_dict()
-        identities: dict[int, dict[str, Any]] = {}
-        for group in state_dict["param_groups"]:
-            rule = group["rule"]
-            if id(rule) not in identities:
-                identities[id(rule)] = rule_identity(rule)
-            group["rule"] = dict(identities[id(rule)])
+        for key in [k for k in state_dict["state"] if str(k).startswith(PREFIX)]:
+            del state_dict["state"][key]  # a parameter's state has it
+        state_dict["param_groups"] = saved_groups(state_dict["param_groups"])
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -303,20 +301,21 @@ class LearnedOptimizer(Optimizer):
             if result is not None:
                 state_dict = result
         groups = self.param_groups
+        state_dict = with_dtypes(state_dict)
         check_state_dict(state_dict, groups)
-        saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
+        checkpoint: list[dict[str, Any]] = state_dict["param_groups"]
         # The base class would cast the planes to the parameter's dtype, and share the tensors with
         # the checkpoint, so that two optimizers that load the same one step each other's state.
         completed: list[dict[str, Any]] = [
             {**{name: group[name] for name in GROUP_DEFAULTS}, **saved, "rule": None}
-            for group, saved in zip(groups, saved_groups, strict=True)
+            for group, saved in zip(groups, checkpoint, strict=True)
         ]
         restored: dict[Any, dict[str, Any]] = {
             **restored_globals(state_dict["state"], completed, groups)
         }
         # Shared states go in below: torch would share their dictionaries with the checkpoint.
         others = {k: v for k, v in state_dict["state"].items() if k not in restored}
-        for group, saved in zip(groups, saved_groups, strict=True):
+        for group, saved in zip(groups, checkpoint, strict=True):
             dtype = saved.get("state_dtype", group["state_dtype"])
             for param_id, p in zip(saved["params"], group["params"], strict=True):
                 entry = others.get(param_id)
@@ -335,6 +334,7 @@ class LearnedOptimizer(Optimizer):
             group["rule"] = before["rule"]
         for p, entry in restored.items():
             self.state[p].update(entry)
+        place_globals(self.param_groups, self.state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from fastl2o import HierarchicalRule, LearnedOptimizer, LSTMRule, RNNPropRule
 from fastl2o.rules import Rule
+from tests.ranks import join, leave
 
 # Uneven parts, a part that is empty, one split by columns, one that every rank holds.
 SHAPES = [((5, 3), 0), ((1,), 0), ((4, 7), 1), ((3,), None), ((0, 2), 0)]
@@ -62,7 +63,7 @@ def states(optimizer: LearnedOptimizer) -> list[Tensor]:
     owners = [*params, *(key for key in optimizer.state if isinstance(key, str))]
     entries = [*params]
     for owner in owners:
-        entries += [tensor for _, tensor in sorted(optimizer.state[owner].items())]
+        entries += [v for _, v in sorted(optimizer.state[owner].items()) if isinstance(v, Tensor)]
     return [
         (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
         for tensor in entries
@@ -193,11 +194,9 @@ class Ranks:
         return messages
 
 
-def main(folder: str, rank: str) -> None:
+def main(folder: str, rank: str, size: str) -> None:
     """One process: every scenario for every rule."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=int(rank), world_size=2
-    )
+    join(folder, rank, size)
     ranks = Ranks()
     results = {
         scenario: {name: getattr(ranks, scenario)(name) for name in RULES}
@@ -205,8 +204,7 @@ def main(folder: str, rank: str) -> None:
     }
     if rank == "0":
         torch.save(results, Path(folder) / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def test_state_is_made_by_the_first_step_and_holds_tensors_only(case: OptimizerC
             assert (step.dim(), step.dtype, step.item()) == (0, torch.float32, expected)
         if isinstance(rule, HierarchicalRule):
             assert entry.pop("tensor").shape == (rule.tensor_size + 1,)
+            if p is params[0]:
+                assert entry.pop("global") is optimizer.state["global/0"]["hidden"]
         assert not entry
 
 

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastl2o import HierarchicalRule, LearnedOptimizer
 from fastl2o import _ops_hierarchical_parts as parts
 from tests import sharded_child as child
 from tests.common import over_backends
+from tests.ranks import needs_gloo, run_ranks
 from tests.test_hierarchical_ops import Problem, close
 from tests.test_hierarchical_rule import make
 
-ROOT = Path(__file__).resolve().parent.parent
 over_rules = pytest.mark.parametrize("name", list(child.RULES))
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
-)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two processes found, by scenario and rule."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.sharded_child", str(folder), str(rank)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (1, 0)
-    ]
-    try:
-        reports = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(reports)
-    return torch.load(folder / "results.pt", weights_only=False)
+    return run_ranks("tests.sharded_child", tmp_path_factory.mktemp("ranks"), 2)
 
 
 def whole(name: str, steps: int, **options: Any) -> LearnedOptimizer:

@@ -201,6 +201,60 @@ class Rule(nn.Module, abc.ABC):
 
         save_rule(self, path, card)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Share the rule on the Hugging Face Hub (extra `hub`), with a model card.
+
+        One commit writes `rule.safetensors`, as `save` does, and a README.md made from the card.
+
+        Args:
+            repo_id: `"owner/name"`; created if it is not there.
+            card: what to say about the meta-parameters, a JSON-able mapping; by default the rule's
+                own `card`. `description`, `task` and `limits` are shown first.
+            license: the Hub's identifier of a licence, such as `"apache-2.0"`.
+            private: whether a repository that is created is private.
+            revision: the branch to write to, by default the main one.
+            commit_message: what the commit says.
+            token: of a user who may write there; by default that of `hf auth login`.
+
+        Returns:
+            The address that `fastl2o.load` takes, with the commit.
+
+        Raises:
+            ValueError: an impossible repo_id, or a rule or card that `save` refuses. Nothing is
+                sent then.
+            ImportError: huggingface_hub is not installed.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+
+        Example:
+            >>> import fastl2o
+            >>> fastl2o.LSTMRule().push_to_hub("a name without owner")
+            Traceback (most recent call last):
+            ...
+            ValueError: Invalid repo_id: 'a name without owner'; accepted is 'owner/name'
+        """
+        from .._hub import push_rule  # here, as for save
+
+        return push_rule(
+            self,
+            repo_id,
+            card=card,
+            license=license,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # scratch is not part of a copy
         return {**self.__dict__, "_tables": None, "_flat": None, "_pieces": ([], [])}
