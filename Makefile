@@ -5,7 +5,7 @@
 #   make test-torch   torch's own optimizer test machinery over fastl2o's optimizers (about two minutes)
 #   make build    the compiled parts in place        make bench            microbenchmarks
 #   make lint     checks of the sources              make format           rewrites them
-#   make docs     the manual as a site, in site/
+#   make docs     the manual as a site, in site/        make examples  Lightning, Accelerate, Trainer
 #   make wheel    sdist and one abi3 wheel in dist/  make clean            removes what was built
 #
 # Settings: PYTHON=python3.12, VENV=.venv, PIP_ARGS="--index-url ..." (for example PyTorch's index of CPU
@@ -30,7 +30,7 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 
 export FASTL2O_WERROR := 1
 
-.PHONY: demo test test-torch build bench lint format types docs wheel clean
+.PHONY: demo test test-torch build bench lint format types docs examples wheel clean
 
 demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
@@ -59,6 +59,11 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+# Heavy libraries, so they are not in the environment of `make test`.
+examples: $(DEV_STAMP) $(OPS_STAMP)
+	FASTL2O_CPP=0 $(PIP) --no-build-isolation -e ".[examples]"
+	$(PY) -m pytest $(PYTEST_ARGS) tests/test_examples.py
 
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
