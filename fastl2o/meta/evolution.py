@@ -148,10 +148,15 @@ class ES(Estimator):
         loss = objectives.per_run(self.objective, losses, progress.first_losses)
         plus, minus = loss.chunk(2)
         directions = noise.add(drawn) if self.persistent else drawn
+        if noise.windows == 0:
+            noise.steps = steps
         noise.windows += 1
         if not self.persistent:
             _follow_first(rule, progress)
         gradient = (plus - minus) @ directions / (2 * self.sigma * pairs)
+        if self.persistent and self.objective == "log":
+            # A run's last window may be shorter: its steps count no more than those of the others.
+            gradient *= steps / noise.steps
         return MetaGradient(loss.mean(), gradient, losses)
 
 
@@ -162,7 +167,8 @@ class PES(ES):
     window's loss difference is the sum of the pair's disturbances since its runs' start: the mean
     over a run's windows is an unbiased estimate of the smoothed gradient of the loss summed over
     the whole horizon (Vicol, Metz and Sohl-Dickstein 2021, arXiv 2112.13835, algorithm 2). The
-    objective must therefore be a sum or mean over steps: ``"log"`` or ``"sum"``.
+    objective must therefore be a sum or mean over steps: ``"log"`` or ``"sum"``; of a shorter last
+    window each step weighs as much as one of the others.
 
     Args:
         unroll: T, the inner steps of a window.

@@ -34,10 +34,12 @@ class Perturbations:
     Attributes:
         seed: tells these runs' numbers from all others'.
         windows: how many windows of the runs have been disturbed.
+        steps: of the first of them.
     """
 
     seed: int
     windows: int = 0
+    steps: int = 0
     _sum: Tensor | None = field(default=None, repr=False, compare=False)
 
     def noise(self, window: int, pairs: int, size: int) -> Tensor:
@@ -99,7 +101,7 @@ class Progress:
         noise = self.perturbations
         return {
             "run": self.run.state_dict(),
-            "perturbations": None if noise is None else [noise.seed, noise.windows],
+            "perturbations": None if noise is None else [noise.seed, noise.windows, noise.steps],
             **{name: getattr(self, name) for name in names},
         }
 
