@@ -42,7 +42,7 @@ class LSTM(_NamedOptimizer):
     """The coordinate-wise LSTM optimizer (arXiv 1606.04474) with shipped meta-parameters.
 
     Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
-    ``"lstm-mnist"``, and is keyword-only: another rule of the family "lstm", its name or path.
+    ``"lstm"``, and is keyword-only: another rule of the family "lstm", its name or path.
 
     Example:
         >>> import torch, fastl2o
@@ -55,14 +55,14 @@ class LSTM(_NamedOptimizer):
     """
 
     family = "lstm"
-    shipped = "lstm-mnist"
+    shipped = "lstm"
 
 
 class RNNProp(_NamedOptimizer):
     """RNNprop (arXiv 1703.03633) with shipped meta-parameters.
 
     Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
-    ``"rnnprop-mnist"``, and is keyword-only: another rule of the family "rnnprop", its name or
+    ``"rnnprop"``, and is keyword-only: another rule of the family "rnnprop", its name or
     path.
 
     Example:
@@ -76,7 +76,7 @@ class RNNProp(_NamedOptimizer):
     """
 
     family = "rnnprop"
-    shipped = "rnnprop-mnist"
+    shipped = "rnnprop"
 
 
 class Hierarchical(_NamedOptimizer):

@@ -91,6 +91,8 @@ def mnist(tmp_path: Path) -> Path:
         "lstm-mnist-late",
         "lstm-mnist",
         "rnnprop-mnist",
+        "rnnprop",
+        "lstm",
         "hierarchical-small-start",
         "hierarchical-small-middle",
         "hierarchical-small",
