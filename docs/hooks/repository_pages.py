@@ -1,7 +1,7 @@
-"""MkDocs hook: Markdown files from outside docs/ become pages, and links to them lead there.
+"""MkDocs hook: Markdown files and pictures from outside docs/ become part of the site.
 
-So a link from page to page is the same in the repository, where people read the sources, and on
-the site.
+Links lead there: from page to page they are the same in the repository, where people read the
+sources, and on the site.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pages() -> dict[str, str]:
         "CHANGELOG.md": "changelog.md",
         "CONTRIBUTING.md": "contributing.md",
     }
-    for path in sorted(ROOT.glob("bench/reports/*.md")):
+    for path in sorted(ROOT.glob("bench/reports/*.md")) + sorted(ROOT.glob("bench/reports/*.png")):
         found[path.relative_to(ROOT).as_posix()] = f"reports/{path.name}"
     for path in sorted(ROOT.glob("kernels/*/README.md")):
         found[path.relative_to(ROOT).as_posix()] = f"kernels/{path.parent.name}.md"
@@ -62,4 +62,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"]({posixpath.relpath(published[linked], posixpath.dirname(here) or '.')}{anchor})"
 
-    return re.sub(r"\]\(([^)#:\s]+\.md)(#[^)\s]*)?\)", rewritten, markdown)
+    return re.sub(r"\]\(([^)#:\s]+\.(?:md|png))(#[^)\s]*)?\)", rewritten, markdown)
