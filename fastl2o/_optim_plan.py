@@ -166,10 +166,7 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
     grads = [p.grad for p in params]
     types: list[type] = list(map(type, grads))
     present: list[Tensor] = [g for g in grads if g is not None]
-    first: dict[tuple[Any, ...], int] = {}
-    # id: rules compare by identity here, whatever equality they define
-    keys = ((id(group["rule"]), *Settings.shared_by(group)[1:]) for group in groups)
-    pattern = tuple(first.setdefault(key, i) for i, key in enumerate(keys))
+    pattern = _pattern(groups)
     rules = [group["rule"] for group in groups]
     if (
         plan is not None
@@ -195,6 +192,16 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
     if not plan.missing:
         _fill(plan, groups, state, present)
     return plan, present
+
+
+def _pattern(groups: Groups) -> tuple[int, ...]:
+    """For each group, the first one with equal settings."""
+    if len(groups) == 1:
+        return (0,)
+    first: dict[tuple[Any, ...], int] = {}
+    # id: rules compare by identity here, whatever equality they define
+    keys = ((id(group["rule"]), *Settings.shared_by(group)[1:]) for group in groups)
+    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
 
 
 def create_missing(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None:

@@ -8,6 +8,7 @@ the block wins.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from ._load import Extension, load_cuda_extension, load_extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
+# Once in a process: at every step, looking for a variable that is not set would cost microseconds.
+from_environment = functools.cache(choice)
 _forced: ContextVar[str | None] = ContextVar("fastl2o_backend", default=None)
 _extension = Extension(None, "fastl2o.ops is not imported yet")
 _cuda_extension = _extension
@@ -136,14 +139,15 @@ def requested() -> str:
     forced = _forced.get()
     if forced is not None:
         return forced
-    name = choice("FASTL2O_BACKEND", NAMES)
-    _require(name, "FASTL2O_BACKEND")
+    name = from_environment("FASTL2O_BACKEND", NAMES)
+    if name != "auto":
+        _require(name, "FASTL2O_BACKEND")
     return name
 
 
 def precision() -> str:
     """What FASTL2O_PRECISION asks for, "exact" or "fast"; only the CUDA kernels know the second."""
-    return choice("FASTL2O_PRECISION", ("exact", "fast"))
+    return from_environment("FASTL2O_PRECISION", ("exact", "fast"))
 
 
 def _takes_all(name: str) -> str:

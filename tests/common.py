@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 import fastl2o
 from fastl2o import backends
 from fastl2o.rules import Rule, from_config
+
+SetVariable = Callable[[str, str | None], None]  # the fixture set_variable
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+from fastl2o import backends
 
 hypothesis.settings.register_profile(
     "fastl2o", derandomize=True, deadline=None, max_examples=60, database=None
@@ -36,8 +38,23 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTL2O_BACKEND", raising=False)
+def _no_forced_backend(set_variable: Callable[[str, str | None], None]) -> None:
+    set_variable("FASTL2O_BACKEND", None)
+
+
+@pytest.fixture
+def set_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str | None], None]]:
+    """Set an environment variable, or remove it, as if the process had started so."""
+
+    def set_it(name: str, value: str | None) -> None:
+        backends.from_environment.cache_clear()
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+    yield set_it
+    backends.from_environment.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,12 @@ from fastl2o import _load, backends, ops
 from fastl2o.rules import LSTMRule
 from tests.common import (
     Lists,
+    SetVariable,
     needs_cpu_kernels,
 )
 
 
-def test_backend_is_forced_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_is_forced_inside_the_block_only(set_variable: SetVariable) -> None:
     assert backends.requested() == "auto"
     seen = []
     with fastl2o.backend("reference"):
@@ -33,11 +34,13 @@ def test_backend_is_forced_inside_the_block_only(monkeypatch: pytest.MonkeyPatch
             assert backends.requested() == "auto"
         assert backends.requested() == "reference"
     assert seen == ["auto"]
-    monkeypatch.setenv("FASTL2O_BACKEND", "reference")
+    set_variable("FASTL2O_BACKEND", "reference")
     assert backends.requested() == "reference"
 
 
-def test_asking_for_an_absent_backend_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_an_absent_backend_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, set_variable: SetVariable
+) -> None:
     with pytest.raises(ValueError, match="pass one of auto, reference, cpu, triton, cuda"):
         fastl2o.backend("gpu")
     monkeypatch.setattr(backends, "_cuda_extension", _load.Extension(None, "there is no GPU"))
@@ -46,16 +49,16 @@ def test_asking_for_an_absent_backend_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr(backends, "_extension", _load.Extension(None, "there is no library"))
     with pytest.raises(RuntimeError, match="backend 'cpu' is not available: there is no library"):
         fastl2o.backend("cpu")
-    monkeypatch.setenv("FASTL2O_BACKEND", "cpu")
+    set_variable("FASTL2O_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="FASTL2O_BACKEND 'cpu' is not available"):
         Lists(LSTMRule(2, 1)).run(LSTMRule(2, 1))
-    monkeypatch.setenv("FASTL2O_BACKEND", "fast")
+    set_variable("FASTL2O_BACKEND", "fast")
     with pytest.raises(ValueError, match="Invalid FASTL2O_BACKEND: 'fast'"):
         backends.requested()
 
 
-def test_an_unknown_precision_is_refused_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTL2O_PRECISION", "tf32")
+def test_an_unknown_precision_is_refused_on_every_backend(set_variable: SetVariable) -> None:
+    set_variable("FASTL2O_PRECISION", "tf32")
     for forced in ("auto", "reference"):
         with (
             fastl2o.backend(forced),

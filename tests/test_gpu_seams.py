@@ -15,7 +15,7 @@ import torch
 import fastl2o
 from fastl2o import _load, _ops_gpu, backends
 from fastl2o.rules import LSTMRule, RNNPropRule
-from tests.common import Lists
+from tests.common import Lists, SetVariable
 from tests.gpu_common import needs_nvcc, needs_triton
 from tests.test_backends import run_python
 
@@ -143,12 +143,12 @@ def test_lists_of_several_dtypes_are_refused_by_gpu_steps() -> None:
     assert "states of one dtype in a call" in _ops_gpu.one_dtype(mixed[:1] * 2, mixed)
 
 
-def test_precision_is_exact_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTL2O_PRECISION", raising=False)
+def test_precision_is_exact_unless_asked(set_variable: SetVariable) -> None:
+    set_variable("FASTL2O_PRECISION", None)
     assert not _ops_gpu.fast()
-    monkeypatch.setenv("FASTL2O_PRECISION", "fast")
+    set_variable("FASTL2O_PRECISION", "fast")
     assert _ops_gpu.fast()
-    monkeypatch.setenv("FASTL2O_PRECISION", "tf32")
+    set_variable("FASTL2O_PRECISION", "tf32")
     with pytest.raises(ValueError, match="FASTL2O_PRECISION: 'tf32'; pass one of exact, fast"):
         _ops_gpu.fast()
 

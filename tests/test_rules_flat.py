@@ -1,15 +1,18 @@
-"""The copy of the meta-parameters that ops read, after every way to change them."""
+"""The vector of the meta-parameters that ops read, after every way to change them."""
 
 from __future__ import annotations
+
+import pickle
 
 import torch
 
 from fastl2o import HierarchicalRule
 
+CPU = torch.device("cpu")
+
 
 def test_the_flat_buffer_follows_every_way_to_change_meta_parameters() -> None:
     rule = HierarchicalRule(4, 4, 4, 2)
-    cpu = torch.device("cpu")
     square = next(p for p in rule.parameters() if p.dim() == 2 and p.shape[0] == p.shape[1] > 1)
 
     def exchange(data: torch.Tensor) -> None:
@@ -27,6 +30,56 @@ def test_the_flat_buffer_follows_every_way_to_change_meta_parameters() -> None:
         change()
         expected = torch.cat([p.detach().float().reshape(-1) for p in rule.parameters()])
         for _ in range(2):
-            assert torch.equal(rule.flat_buffer(cpu), expected)
-        assert torch.equal(rule.flat_buffer(cpu, torch.float64), expected.double())
-        assert torch.equal(rule.flat_buffer(cpu), expected)
+            assert torch.equal(rule.flat_buffer(CPU), expected)
+        assert torch.equal(rule.flat_buffer(CPU, torch.float64), expected.double())
+        assert torch.equal(rule.flat_buffer(CPU), expected)
+
+
+def _current(rule: HierarchicalRule) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in rule.parameters()])
+
+
+def test_the_flat_buffer_follows_arrays_that_share_the_meta_parameters_memory() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    array = rule.direction.detach().numpy()
+    rule.flat_buffer(CPU)
+    array[0] = 7.0
+    assert rule.direction[0] == 7.0
+    assert torch.equal(rule.flat_buffer(CPU), _current(rule))
+
+
+def test_the_flat_buffer_follows_meta_parameters_that_exchange_their_memory() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    rule.flat_buffer(CPU)
+    one, other = rule.param_start, rule.tensor_start
+    one.data, other.data = other.data, one.data
+    before = _current(rule)
+    for _ in range(2):
+        assert torch.equal(rule.flat_buffer(CPU), before)
+        assert torch.equal(_current(rule), before)
+
+
+def test_the_flat_buffer_leaves_meta_parameters_in_shared_memory() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    rule.flat_buffer(CPU)
+    rule.share_memory()
+    rule.flat_buffer(CPU)
+    assert all(p.is_shared() for p in rule.parameters())
+
+
+def test_the_flat_buffer_copies_nothing_where_meta_parameters_are_views_of_it() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    flat = rule.flat_buffer(CPU)
+    with torch.no_grad():
+        rule.direction.fill_(3.0)
+    assert torch.equal(flat, _current(rule))
+    assert rule.flat_buffer(CPU) is flat
+
+
+def test_a_pickle_holds_the_meta_parameters_once() -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    assert rule.layout  # kept, and so pickled
+    size = len(pickle.dumps(rule))
+    rule.flat_buffer(CPU)
+    assert len(pickle.dumps(rule)) == size
+    assert torch.equal(pickle.loads(pickle.dumps(rule)).flat_buffer(CPU), _current(rule))

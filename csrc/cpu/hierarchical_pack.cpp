@@ -1,5 +1,6 @@
 // The hierarchical rule's matrices, transposed and padded for the kernels.
 #include <cmath>
+#include <cstring>
 
 #include "hierarchical_pass.h"
 
@@ -66,6 +67,20 @@ PackedStorage::PackedStorage(const HierarchicalConfig& config, const float* meta
   rule.global_to_tensor =
       pack_matrix(meta + at.global_to_tensor, meta + at.global_to_tensor_bias, 3 * K, Z, to);
   rule.rate_momentum = float(1.0 / (1.0 + std::exp(-double(meta[at.rate_momentum]))));
+}
+
+const PackedHierarchical& PackedCache::get(const HierarchicalConfig& config, const float* meta) {
+  const size_t count = size_t(HierarchicalLayout(config).total);
+  // Bit for bit, so that NaN is equal to itself.
+  const bool same = packed_.has_value() && packed_->rule.config == config &&
+                    std::memcmp(packed_from_.data(), meta, count * sizeof(float)) == 0;
+  if (!same) {
+    packed_.reset();
+    packed_from_.assign(meta, meta + count);
+    packed_.emplace(config, meta);
+  }
+  packed_->rule.meta = meta;
+  return packed_->rule;
 }
 
 }  // namespace fastl2o::cpu

@@ -1,17 +1,30 @@
 // The forward pass that the hierarchical rule's step and unroll share.
 #pragma once
 
+#include <optional>
+
 #include "hierarchical_kernels.h"
 #include "tile_kernels.h"
 
 namespace fastl2o::cpu {
 
-// The meta-parameters in the order the kernels read them.
+// The meta-parameters in the order the kernels read them. `rule.meta` stays the caller's memory.
 struct PackedStorage {
   std::vector<float> memory;
   PackedHierarchical rule;
 
   PackedStorage(const HierarchicalConfig& config, const float* meta);
+};
+
+// Packed meta-parameters that are kept between steps: comparing all of them with those of the step
+// before takes a tenth of the time of packing them again.
+class PackedCache {
+ public:
+  const PackedHierarchical& get(const HierarchicalConfig& config, const float* meta);
+
+ private:
+  std::optional<PackedStorage> packed_;
+  std::vector<float> packed_from_;
 };
 
 // Coordinates [first, last) of one tensor, the unit of work and of partial sums. `start` is the

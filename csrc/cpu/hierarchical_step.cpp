@@ -13,6 +13,7 @@ namespace {
 // no large memory.
 struct StepMemory {
   PassMemory pass;
+  PackedCache packed;
   AlignedFloats raw{0};
   int64_t raw_size = 0;
   std::vector<float*> raw_steps;
@@ -59,8 +60,7 @@ void step_problems(const TileKernels& kernels, const HierarchicalConfig& config,
                    const ParallelFor& parallel_for) {
   StepMemory& memory = step_memory();
   memory.reserve(tensors);
-  const PackedStorage packed(config, meta);
-  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  const Pass pass{kernels, memory.packed.get(config, meta), options, parallel_for, memory.pass};
   pass.run(tensors, memory.raw_steps.data(), global_states, problems);
   update_params(kernels, tensors, memory, parallel_for);
 }
@@ -95,8 +95,7 @@ void hierarchical_sweep(const TileKernels& kernels, const HierarchicalConfig& co
   set_rounding_keys(options, tensors);
   StepMemory& memory = step_memory();
   memory.lay_out(tensors, raw);
-  const PackedStorage packed(config, meta);
-  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  const Pass pass{kernels, memory.packed.get(config, meta), options, parallel_for, memory.pass};
   pass.prepare(tensors, global_states, problems);
   pass.sweep(tensors, memory.raw_steps.data(), sums);
 }
@@ -107,9 +106,8 @@ void hierarchical_finish(const TileKernels& kernels, const HierarchicalConfig& c
                          const double* sums, float* raw) {
   StepMemory& memory = step_memory();
   memory.lay_out(tensors, raw);
-  const PackedStorage packed(config, meta);
   const HierarchicalOptions options;
-  const Pass pass{kernels, packed.rule, options, parallel_for, memory.pass};
+  const Pass pass{kernels, memory.packed.get(config, meta), options, parallel_for, memory.pass};
   pass.prepare(tensors, global_states, problems);
   pass.finish(tensors, sums, global_states, problems);
   update_params(kernels, tensors, memory, parallel_for);

@@ -20,6 +20,10 @@ struct HierarchicalConfig {
   int global_size = 20;
   int num_scales = 4;
 
+  constexpr bool operator==(const HierarchicalConfig& other) const {
+    return param_size == other.param_size && tensor_size == other.tensor_size &&
+           global_size == other.global_size && num_scales == other.num_scales;
+  }
   constexpr int num_features() const { return 3 * num_scales; }
   // h, averages, squares, log rate.
   constexpr int state_planes() const { return param_size + 2 * num_scales + 1; }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from ._flat_vector import FlatVector, owns_memory
 
 Weights = Mapping[str, Tensor]
 # Kernels hold config numbers in float32.
@@ -54,8 +55,7 @@ class Rule(nn.Module, abc.ABC):
         self.card = {}
         self._layout: tuple[tuple[str, torch.Size], ...] = ()
         self._tables: list[dict[str, Any]] | None = None
-        self._flat: tuple[Tensor, list[Tensor]] | None = None
-        self._pieces: tuple[list[int], list[Tensor]] = ([], [])
+        self._flat: FlatVector | None = None
 
     # What a family defines
     # ------------------------------------------------------------------------------------------
@@ -151,44 +151,41 @@ class Rule(nn.Module, abc.ABC):
         }
 
     def flat_buffer(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The flat vector `(M,)`, detached, in a buffer of this rule that each call refills.
+        """The flat vector `(M,)`, detached, which the kernels read: only to be read.
 
-        Refilling costs a few microseconds and allocates nothing after the first call; it is done
-        each time because writes through `parameter.data` leave no trace in a version counter, and a
-        stale copy would be a silent error.
+        On the CPU, in their own dtype, the meta-parameters become views of this vector, as the
+        weights of `torch.nn.RNN` do, and it is up to date by itself. Elsewhere, and where their
+        memory is shared with others or was exchanged, each call copies them: writes through
+        `parameter.data` leave no trace in a version counter, and a stale copy would be a silent
+        error.
         """
         if self._tables is None:
             self._tables = [module._parameters for module in self.modules() if module._parameters]
-        if self._flat is None or self._flat[0].device != device or self._flat[0].dtype != dtype:
-            flat = torch.empty(self.num_meta_parameters, dtype=dtype, device=device)
-            self._flat = (flat, list(self.unflatten(flat).values()))
-        buffer, views = self._flat
         parameters = [parameter for table in self._tables for parameter in table.values()]
-        # Entering no_grad a second time costs as much as a quarter of the copy.
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            pieces = self._joinable(parameters, buffer)
-            if pieces:
-                torch.cat(pieces, out=buffer)
-            else:
-                torch._foreach_copy_(views, parameters)
-        return buffer
+        flat = self._flat
+        if flat is not None and flat.addresses and not flat.holds(parameters):
+            flat = None  # parameters may still be views of it: no copy may go there
+        if flat is None or flat.vector.device != device or flat.vector.dtype != dtype:
+            flat = self._flat = self._flatten(parameters, device, dtype)
+        if not flat.addresses:
+            with torch.no_grad():
+                torch._foreach_copy_(flat.views, parameters)
+        return flat.vector
 
-    def _joinable(self, parameters: list[Tensor], buffer: Tensor) -> list[Tensor]:
-        """Flat views of the meta-parameters for one `cat`, quicker than many copies.
-
-        Empty where they are not alike. Views are kept while addresses stay; they hold on to their
-        memory, so that no other can come to lie there.
-        """
-        if buffer.device.type != "cpu" or not all(map(Tensor.is_contiguous, parameters)):
-            return []
-        addresses = list(map(Tensor.data_ptr, parameters))
-        if addresses != self._pieces[0]:
-            alike = len({(p.dtype, p.device) for p in parameters}) == 1
-            views = [p.detach().view(-1) for p in parameters] if alike else []
-            self._pieces = (addresses, views)
-        pieces = self._pieces[1]
-        fits = pieces and (pieces[0].dtype, pieces[0].device) == (buffer.dtype, buffer.device)
-        return pieces if fits else []
+    def _flatten(
+        self, parameters: list[Tensor], device: torch.device, dtype: torch.dtype
+    ) -> FlatVector:
+        vector = torch.empty(self.num_meta_parameters, dtype=dtype, device=device)
+        views = list(self.unflatten(vector).values())
+        if device.type != "cpu" or not all(
+            p.dtype == dtype and p.device == device and owns_memory(p) for p in parameters
+        ):
+            return FlatVector(vector, views, [])
+        with torch.no_grad():
+            torch._foreach_copy_(views, parameters)
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.data = view
+        return FlatVector(vector, views, list(map(Tensor.data_ptr, views)))
 
     # Files, copies, printing
     # ----------------------------------------------------------------------------------------
@@ -256,8 +253,13 @@ class Rule(nn.Module, abc.ABC):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        # Pickle would write the memory of all for each of several views of it.
+        if self._flat is not None and self._flat.addresses:
+            self._flat = None
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
         # scratch is not part of a copy
-        return {**self.__dict__, "_tables": None, "_flat": None, "_pieces": ([], [])}
+        return {**self.__dict__, "_tables": None, "_flat": None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
