@@ -7,7 +7,7 @@ nor dtypes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,11 +71,22 @@ def identity_problem(saved: Any, rule: Rule) -> str | None:
         return f"notes an unreadable rule: {saved!r}"
     own = rule_identity(rule)
     for key in ("family", "config"):
-        if saved.get(key) != own[key]:
+        if not _same(saved.get(key), own[key]):
             return f"was made by a rule of {key} {saved.get(key)}, this rule's is {own[key]}"
-    if saved.get("digest") != own["digest"]:
+    if not _same(saved.get("digest"), own["digest"]):
         return "was made by a rule with other meta-parameters"
     return None
+
+
+def _same(saved: Any, own: Any) -> bool:
+    """Whether something read from a file, which may be anything, equals plain values."""
+    if isinstance(own, Mapping):
+        return (
+            isinstance(saved, Mapping)
+            and saved.keys() == own.keys()
+            and all(_same(saved[key], own[key]) for key in own)
+        )
+    return isinstance(saved, (bool, int, float, str)) and saved == own
 
 
 def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
@@ -129,6 +140,10 @@ def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
                 "groups of the state dict"
             )
         for position, param_id in enumerate(saved["params"]):
+            if not isinstance(param_id, Hashable):
+                raise ValueError(
+                    f"group {group_idx} of the loaded state dict: {param_id!r} in 'params'"
+                )
             state = state_dict["state"].get(param_id)
             if not state:
                 continue

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     state_dtype = options.get("state_dtype", torch.float32)
     if state_dtype not in STATE_DTYPES:
         raise ValueError(f"Invalid state_dtype: {state_dtype}. Accepted: {STATE_DTYPES}")
+    for name in ("maximize", "capturable", "differentiable", "evaluating"):
+        if not isinstance(options.get(name, False), bool):
+            raise ValueError(f"Invalid {name}: {options[name]!r}. Accepted: True and False")
+    for name in ("foreach", "fused"):
+        if not isinstance(options.get(name), (bool, NoneType)):
+            raise ValueError(f"Invalid {name}: {options[name]!r}. Accepted: True, False and None")
+    _check_number("ahead", options.get("ahead", 0.0))
     check_flags(options)
     _check_rounding(options, state_dtype)
 
@@ -281,6 +289,9 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
     planes = state.get("planes")
     if not isinstance(planes, Tensor):
         return f"holds {sorted(map(str, state))} but no 'planes' tensor"
+    for name, value in state.items():
+        if isinstance(value, Tensor) and not _has_numbers(value):
+            return f"has {name!r} as a {value.layout} tensor on {value.device}, without its numbers"
     if tuple(planes.shape) != wanted:
         return f"has planes of shape {tuple(planes.shape)}, not {wanted}"
     if planes.dtype not in STATE_DTYPES:
@@ -298,6 +309,10 @@ def state_problem(state: Mapping[str, Any], rule: Rule, param: Tensor) -> str | 
     ):
         return f"has an impossible 'step': {step}"
     return None
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
 def new_step(value: float | Tensor, device: torch.device) -> Tensor:

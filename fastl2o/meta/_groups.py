@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import check_number, check_type
 from .imitation import Imitation, Lesson
-from .schedules import Horizon, draw_horizon
+from .schedules import Horizon, draw_horizon, longest
 from .tasks import Task
 from .unroll import Progress
 
@@ -124,15 +124,29 @@ class GroupStarter:
             lesson = self.imitation.begin(rule, progress, generator)
         return Group(task, horizon, unroll, progress, lesson)
 
-    def restore(self, saved: dict[str, Any]) -> Group:
-        """A batch of runs as it was saved by ``Group.state_dict``."""
+    def restore(self, rule: Rule, saved: dict[str, Any]) -> Group:
+        """A batch of runs as it was saved by ``Group.state_dict``.
+
+        Raises:
+            Exception: of any kind, where it was damaged.
+        """
+        check_number("task", saved["task"], minimum=0, integer=True, below=len(self.tasks))
+        most = longest(self.horizon) + 1
+        check_number("horizon", saved["horizon"], minimum=1, integer=True, below=most)
+        check_number("unroll", saved["unroll"], minimum=1, integer=True, below=2**63)
+        check_number("step", saved["progress"]["step"], minimum=0, integer=True, below=most)
         # The draw below is thrown away: the run's tensors and generator are replaced by the saved
         # ones.
         run = self.estimator.sample(
             self.tasks[saved["task"]], self.runs, torch.Generator().manual_seed(0), self.dtype
         )
-        lesson = None if saved["lesson"] is None else Lesson.from_state_dict(saved["lesson"])
-        progress = Progress.from_state_dict(run, saved["progress"])
+        # A start of the saved runs shows what shapes go with them.
+        run.load_state_dict(saved["progress"]["run"])
+        like = self.estimator.begin(rule, run)
+        progress = Progress.from_state_dict(run, saved["progress"], like)
+        lesson = None
+        if saved["lesson"] is not None:
+            lesson = Lesson.from_state_dict(saved["lesson"], like.params)
         return Group(saved["task"], saved["horizon"], saved["unroll"], progress, lesson)
 
 
@@ -264,12 +278,25 @@ class Groups:
         collected = self._ranks.collect(own)
         return [collected[slot] for slot in sorted(collected)]
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Take this process's slots from what the main one saved."""
+    def parsed(
+        self, rule: Rule, state: list[dict[str, Any]]
+    ) -> dict[int, tuple[Group | None, int]]:
+        """This process's slots of what the main one saved: each one's batch and starts.
+
+        Raises:
+            Exception: of any kind, where it was damaged. Nothing is changed.
+        """
+        slots = {}
         for slot in self._groups:
-            saved = state[slot]["group"]
-            self._groups[slot] = None if saved is None else self._starter.restore(saved)
-            self._starts[slot] = int(state[slot]["starts"])
+            saved, starts = state[slot]["group"], state[slot]["starts"]
+            check_number("starts", starts, minimum=0, integer=True, below=2**63)
+            slots[slot] = (None if saved is None else self._starter.restore(rule, saved), starts)
+        return slots
+
+    def take(self, slots: dict[int, tuple[Group | None, int]]) -> None:
+        """Go on from what was ``parsed``."""
+        for slot, (group, starts) in slots.items():
+            self._groups[slot], self._starts[slot] = group, starts
 
 
 def check_groups(groups: int | None, accumulate: int, ranks: int, imitation: object) -> int:

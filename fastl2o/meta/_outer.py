@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..rules import Rule
+from ._checks import check_number
+from ._saved import check_alike, check_optimizer_state
 from .optimizers import settings, twin
 
 __all__ = ["OuterUpdate", "SignalToNoise"]
@@ -93,12 +96,32 @@ class OuterUpdate:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Put back what ``state_dict`` returned.
+
+        Raises:
+            Exception: of any kind, where it was damaged. Nothing is changed.
+        """
+        check_alike("rule", state["rule"], self.rule.state_dict())
+        if self._averaged is not None:
+            check_alike("averaged", state["averaged"], self._averaged.state_dict())
+        trials = copy.deepcopy(self._optimizers)
+        for optimizer, saved in zip(trials, state["optimizers"], strict=True):
+            check_optimizer_state(saved, optimizer)
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            _require_usable(optimizer)
         self.rule.load_state_dict(state["rule"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def _require_usable(optimizer: torch.optim.Optimizer) -> None:
+    """Take a step with a copy: torch loads states that no step can be taken with."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
 
 
 class SignalToNoise:
@@ -129,7 +152,15 @@ class SignalToNoise:
         """The moving averages."""
         return {"count": self.count, "mean": self._mean, "square": self._square}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
-        self.count, self._square = int(state["count"]), float(state["square"])
-        self._mean = state["mean"].clone()
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> SignalToNoise:
+        """What ``state_dict`` was called on.
+
+        Raises:
+            Exception: of any kind, where it was damaged.
+        """
+        check_number("count", state["count"], minimum=0, integer=True, below=2**63)
+        made = cls()
+        made.count, made._square = state["count"], float(state["square"])
+        made._mean = state["mean"].clone()
+        return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -23,7 +24,7 @@ __all__ = [
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
-_VERSION = 2
+_VERSION = 3
 
 
 class CheckpointError(RuntimeError):
@@ -75,8 +76,7 @@ class CheckpointWriter:
             CheckpointError: if that one could not be written, say on a full disk; older ones are as
                 they were.
         """
-        buffer = io.BytesIO()
-        torch.save({"version": _VERSION, **content}, buffer)
+        buffer = _packed(content)
         self.wait()
         self._pending = self._thread.submit(_write, self.directory, buffer)
 
@@ -94,6 +94,44 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def _packed(content: dict[str, Any]) -> io.BytesIO:
+    """What goes to the file: the content's bytes beside their digest.
+
+    A flipped bit would otherwise be trained on in silence: torch.load does not look for it.
+    """
+    inner = io.BytesIO()
+    torch.save(content, inner)
+    data = torch.frombuffer(inner.getbuffer(), dtype=torch.uint8)
+    digest = hashlib.sha256(inner.getbuffer()).hexdigest()
+    buffer = io.BytesIO()
+    torch.save({"version": _VERSION, "sha256": digest, "content": data}, buffer)
+    return buffer
+
+
+def _unpacked(path: Path) -> dict[str, Any]:
+    """What `_packed` was given.
+
+    Raises:
+        CheckpointError: a file of another version.
+        Exception: anything else, of a damaged one.
+    """
+    packed = torch.load(path, map_location="cpu", weights_only=True)
+    version = packed.get("version") if isinstance(packed, dict) else None
+    if type(version) is not int or version != _VERSION:
+        found = repr(version) if isinstance(version, (int, str, float)) else "unknown"
+        raise CheckpointError(
+            f"{str(path)!r} is of version {found}, this fastl2o reads version {_VERSION}; "
+            "finish it with the fastl2o that wrote it, or choose another checkpoint_dir"
+        )
+    data = packed["content"].numpy().tobytes()
+    if hashlib.sha256(data).hexdigest() != packed["sha256"]:
+        raise ValueError("it is damaged: its content has not the digest that was written with it")
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not what a training saves")
+    return content
 
 
 def _write(directory: Path, buffer: io.BytesIO) -> None:
@@ -149,7 +187,9 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            content = _unpacked(path)
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError:
             # torch's message advises to load it without weights_only, which can run any code.
             problems.append(f"{str(path)!r}: it is damaged, or holds what no checkpoint does")
@@ -166,12 +206,6 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
                 f"continuing from {str(path)!r}",
                 RuntimeWarning,
                 stacklevel=2,
-            )
-        if not isinstance(content, dict) or content.get("version") != _VERSION:
-            found = content.get("version") if isinstance(content, dict) else None
-            raise CheckpointError(
-                f"{str(path)!r} is of version {found!r}, this fastl2o reads version {_VERSION}; "
-                "finish it with the fastl2o that wrote it, or choose another checkpoint_dir"
             )
         return content
     if problems:

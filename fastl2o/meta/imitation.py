@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ._checks import check_number
+from ._saved import check_tensor
 from .estimators import MetaGradient
 from .unroll import Progress, step_runs
 
@@ -45,12 +46,23 @@ class Lesson:
         return {"moments": self.moments, "own_path": self.own_path, "picked": self.picked}
 
     @classmethod
-    def from_state_dict(cls, saved: dict[str, Any]) -> Lesson:
-        """Put a saved lesson back."""
+    def from_state_dict(cls, saved: dict[str, Any], params: Tensor) -> Lesson:
+        """Put a saved lesson back.
+
+        Raises:
+            ValueError: it is not one of runs with these parameters ``(R, D)``.
+        """
         picked = saved["picked"]
+        check_tensor("moments", saved["moments"], torch.stack((params, params)))
+        if picked is not None:
+            check_tensor("picked", picked, torch.empty(len(picked), dtype=torch.int64))
+            if len(picked) and not 0 <= int(picked.min()) <= int(picked.max()) < params.shape[1]:
+                raise ValueError(f"picked must be below {params.shape[1]}")
+        if type(saved["own_path"]) is not bool:
+            raise ValueError("own_path must be True or False")
         return cls(
             saved["moments"].clone(),
-            bool(saved["own_path"]),
+            saved["own_path"],
             None if picked is None else picked.clone(),
         )
 

@@ -28,6 +28,7 @@ from ._groups import (
 )
 from ._log import FitResult, TrainingLog
 from ._outer import OuterUpdate, SignalToNoise
+from ._saved import check_alike, check_counters, differences
 from .checkpoint import CheckpointError, CheckpointWriter, load_checkpoint
 from .distributed import Ranks
 from .estimators import Estimator, TruncatedBPTT
@@ -347,29 +348,34 @@ class MetaTrainer:
         """Continue the training that ``state`` was saved from.
 
         Raises:
-            ValueError: if it was another training; the message lists what differs.
+            ValueError: if it was another training, when the message lists what differs, or is
+                damaged. Nothing is changed.
             TypeError: if it is no state of a training.
         """
         if not isinstance(state, dict) or "fingerprint" not in state:
             raise TypeError("state is not of a MetaTrainer: give what its state_dict() returned")
-        ours, theirs = json.loads(json.dumps(self.fingerprint())), json.loads(state["fingerprint"])
-        different = [
-            f"{key}: here {ours.get(key)!r}, saved {theirs.get(key)!r}"
-            for key in ours
-            if ours[key] != theirs.get(key)
-        ]
+        different = differences(state["fingerprint"], self.fingerprint())
         if different:
             raise ValueError(
                 f"the checkpoint is of another training ({'; '.join(different)}); "
                 "give the saved settings, or choose another checkpoint_dir (--out). A schedule "
                 "ends at a recipe's last outer step: with one, --outer-steps must stay as it was"
             )
-        self._outer.load_state_dict(state["outer"])
-        self._best_parameters = state["best"]
-        self._groups.load_state_dict(state["groups"])
-        if self._snr is not None:
-            self._snr.load_state_dict(state["snr"])
-        for name, value in state["counters"].items():
+        try:
+            counters = check_counters(state["counters"], _COUNTERS)
+            if state["best"] is not None:
+                check_alike("best", state["best"], self.rule.state_dict())
+            snr = None if self._snr is None else SignalToNoise.from_state_dict(state["snr"])
+            groups = self._groups.parsed(self.rule, state["groups"])
+            self._outer.load_state_dict(state["outer"])
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"a damaged state of a MetaTrainer ({reason}); give what its state_dict() returned"
+            ) from error
+        self._best_parameters, self._snr = state["best"], snr
+        self._groups.take(groups)
+        for name, value in counters.items():
             setattr(self, name, value)
 
     def resume(self) -> None:
@@ -383,10 +389,10 @@ class MetaTrainer:
         if saved is not None:
             try:
                 self.load_state_dict(saved)
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            except TypeError as error:
                 raise CheckpointError(
                     f"the checkpoint in {str(self.checkpoint_dir)!r} is not one of a MetaTrainer "
-                    f"({error!r}); delete the directory to start over, or choose another"
+                    f"({error}); delete the directory to start over, or choose another"
                 ) from error
         self._log.open_at(self.outer_step)
         self._started = True

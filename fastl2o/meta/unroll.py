@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import _ops_hierarchical as hierarchical
 from .. import ops
 from ..rules import HierarchicalRule
+from ._checks import check_number
+from ._saved import check_tensor
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -41,6 +43,19 @@ class Perturbations:
     windows: int = 0
     steps: int = 0
     _sum: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def parsed(cls, saved: list[int], taken: int) -> Perturbations:
+        """Those of runs that have taken so many inner steps, as a checkpoint holds them.
+
+        Raises:
+            ValueError, TypeError: it does not.
+        """
+        seed, windows, steps = saved
+        check_number("seed", seed, minimum=0, integer=True, below=2**62)
+        check_number("windows", windows, minimum=0, integer=True, below=taken + 1)
+        check_number("steps", steps, minimum=min(windows, 1), integer=True, below=taken + 1)
+        return cls(seed, windows, steps)
 
     def noise(self, window: int, pairs: int, size: int) -> Tensor:
         """The numbers ``(pairs, size)``, float32, of one window: the same at every call."""
@@ -106,15 +121,21 @@ class Progress:
         }
 
     @classmethod
-    def from_state_dict(cls, run: TaskRun, saved: dict[str, Any]) -> Progress:
-        """Put a saved position back; ``run`` is any run of the same task, with as many runs."""
+    def from_state_dict(cls, run: TaskRun, saved: dict[str, Any], like: Progress) -> Progress:
+        """Put a saved position back; ``run`` is any run of the same task, with as many runs.
+
+        Raises:
+            ValueError, TypeError: it does not have the shapes of ``like``.
+        """
         run.load_state_dict(saved["run"])
         names = ("params", "state", "losses", "grads", "first_losses")
+        for name in names:
+            check_tensor(name, saved[name], getattr(like, name))
         noise = saved["perturbations"]
         return cls(
             run=run,
-            step=int(saved["step"]),
-            perturbations=None if noise is None else Perturbations(*noise),
+            step=saved["step"],
+            perturbations=None if noise is None else Perturbations.parsed(noise, saved["step"]),
             **{name: saved[name].clone() for name in names},
         )
 

@@ -1,0 +1,1 @@
+"""Fuzzing of what reads files and saved states: `make fuzz`, in part in tests/test_fuzz.py."""

@@ -1,0 +1,62 @@
+"""Damaged files and states are refused as documented, or work; `make fuzz` tries more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastl2o import meta
+from fastl2o.meta.checkpoint import CHECKPOINT, CheckpointWriter, load_checkpoint
+from tests.fuzz.targets import TARGETS, attempt
+from tests.test_meta_trainer import small_trainer
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_damaged_input_is_refused_or_works(first: int, tmp_path: Path) -> None:
+    tried = {attempt(case, tmp_path)[0] for case in range(first, first + 100)}
+    assert tried == set(TARGETS)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save({"numbers": torch.zeros(1000)})
+    data = bytearray((tmp_path / CHECKPOINT).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / CHECKPOINT).write_bytes(data)
+    with pytest.raises(meta.CheckpointError, match="it is damaged: its content has not the digest"):
+        load_checkpoint(tmp_path)
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a counter that is a method's name": lambda s: s["counters"].update(fit=7),
+    "a counter of another type": lambda s: s["counters"].update(outer_step="x"),
+    "no batches of runs": lambda s: s.update(groups=[]),
+    "a rule of another shape": lambda s: s["outer"]["rule"].update({"readout.bias": torch.ones(5)}),
+    "runs of another shape": lambda s: s["groups"][0]["group"]["progress"].update(
+        params=torch.zeros(9)
+    ),
+    "an optimizer that cannot step": lambda s: s["outer"]["optimizers"][0]["state"][0].pop(
+        "exp_avg"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_training_state_is_refused_and_changes_nothing(damage: str) -> None:
+    source = small_trainer()
+    source.fit(2)
+    state = copy.deepcopy(source.state_dict())
+    DAMAGES[damage](state)
+    trainer = small_trainer()
+    before = trainer.rule.flat_parameters().detach().clone()
+    with pytest.raises(ValueError, match="a damaged state of a MetaTrainer"):
+        trainer.load_state_dict(state)
+    assert torch.equal(before, trainer.rule.flat_parameters())
+    assert trainer.outer_step == 0
+    trainer.load_state_dict(source.state_dict())
+    assert trainer.fit(3).outer_steps == 3
