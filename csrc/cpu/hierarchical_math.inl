@@ -23,9 +23,11 @@ FASTL2O_INLINE void log_all(Vec (&t)[K]) {
   Vec exponent[K], s[K], series[K];
 #pragma GCC unroll 16
   for (int i = 0; i < K; ++i) {
-    const IVec k = (bits(OnePlus ? t[i] + 1.0f : t[i]) - 0x3f3504f3) >> 23;
+    // unsigned, which may wrap: states that no rule made can hold numbers below 0
+    const UVec number = reinterpret_cast<UVec>(OnePlus ? t[i] + 1.0f : t[i]);
+    const IVec k = reinterpret_cast<IVec>(number - 0x3f3504f3u) >> 23;
     exponent[i] = __builtin_convertvector(k, Vec);
-    s[i] = from_bits(0x3f800000 - (k << 23));
+    s[i] = reinterpret_cast<Vec>(0x3f800000u - (reinterpret_cast<UVec>(k) << 23));
   }
 #pragma GCC unroll 16
   for (int i = 0; i < K; ++i) t[i] = fma(t[i], s[i], OnePlus ? s[i] - 1.0f : splat(-1.0f));

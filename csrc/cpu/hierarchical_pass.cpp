@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kBlock = 2048;           // coordinates of a block, of which a tensor has
 constexpr int64_t kMaxBlocks = 1 << 16;    // at most this many
 constexpr int64_t kBlockCost = 64;         // of a block besides its coordinates, in coordinates
-constexpr int64_t kCostUnit = 1024;        // what one index of a parallel loop stands for
 constexpr int64_t kTensorsPerThread = 16;  // of the loop over the tensors' own level
 
 int64_t block_size(int64_t numel) {
@@ -20,9 +19,10 @@ int64_t block_size(int64_t numel) {
 // Runs body(index) for index in [0, count), `grain` of them together.
 template <typename Body>
 void for_range(const ParallelFor& parallel_for, int64_t count, int64_t grain, Body body) {
-  parallel_for((count + grain - 1) / grain, [&](int64_t begin, int64_t end) {
+  const auto part = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * grain; i < std::min(end * grain, count); ++i) body(i);
-  });
+  };
+  parallel_for((count + grain - 1) / grain, std::ref(part));
 }
 
 }  // namespace
@@ -43,16 +43,6 @@ void Blocks::assign(const std::vector<int64_t>& sizes) {
   first_of.push_back(list.size());
 }
 
-void Blocks::for_each(const ParallelFor& parallel_for,
-                      const std::function<void(size_t)>& body) const {
-  parallel_for((cost + kCostUnit - 1) / kCostUnit, [&](int64_t begin, int64_t end) {
-    auto block = std::lower_bound(list.begin(), list.end(), begin * kCostUnit,
-                                  [](const Block& b, int64_t at) { return b.start < at; });
-    for (; block != list.end() && block->start < end * kCostUnit; ++block)
-      body(size_t(block - list.begin()));
-  });
-}
-
 void Pass::prepare(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
                    int64_t problems) const {
   const HierarchicalConfig& c = rule.config;
@@ -64,6 +54,12 @@ void Pass::prepare(const std::vector<HierarchicalTensor>& tensors, const float* 
   memory.to_param.resize(count * to_param);
   memory.to_tensor.resize(count * to_tensor);
   memory.mean_log_rate.resize(count);
+  memory.sums.resize(memory.blocks.list.size() * size_t(c.num_sums()));
+  memory.bias.resize(tensors.size() * size_t(3 * c.param_size));
+  memory.means.resize(tensors.size() * size_t(c.param_size + c.num_features()));
+  memory.inverse_rms.resize(tensors.size());
+  memory.state_sums.resize(count * size_t(c.tensor_size));
+  memory.mean_state.resize(count * size_t(c.tensor_size));
   for (auto* sums : {&memory.counts, &memory.tensor_counts, &memory.log_rates})
     sums->assign(count, 0.0);
   for (const HierarchicalTensor& tensor : tensors) {
@@ -104,8 +100,7 @@ void Pass::finish_tensor(const HierarchicalTensor& tensor, const double* sums, s
 void Pass::finish_problems(const std::vector<HierarchicalTensor>& tensors, float* global_states,
                            int64_t problems) const {
   const int size = rule.config.tensor_size;
-  memory.state_sums.assign(size_t(problems) * size_t(size), 0.0);
-  memory.mean_state.resize(memory.state_sums.size());
+  std::fill(memory.state_sums.begin(), memory.state_sums.end(), 0.0);
   for (const HierarchicalTensor& tensor : tensors)
     for (int k = 0; k < size; ++k)
       memory.state_sums[size_t(tensor.problem * size + k)] += double(tensor.state[k]);
@@ -126,8 +121,6 @@ void Pass::sweep(const std::vector<HierarchicalTensor>& tensors, float* const* r
                  double* sums) const {
   const HierarchicalConfig& c = rule.config;
   const size_t num_sums = size_t(c.num_sums()), bias_size = size_t(3 * c.param_size);
-  memory.sums.resize(memory.blocks.list.size() * num_sums);
-  memory.bias.resize(tensors.size() * bias_size);
   memory.blocks.for_each(parallel_for, [&](size_t index) {
     const Block& block = memory.blocks.list[index];
     const HierarchicalTensor& tensor = tensors[size_t(block.tensor)];
@@ -160,8 +153,6 @@ void Pass::sweep(const std::vector<HierarchicalTensor>& tensors, float* const* r
 void Pass::finish(const std::vector<HierarchicalTensor>& tensors, const double* sums,
                   float* global_states, int64_t problems) const {
   const HierarchicalConfig& c = rule.config;
-  memory.means.resize(tensors.size() * size_t(c.param_size + c.num_features()));
-  memory.inverse_rms.resize(tensors.size());
   for_range(parallel_for, int64_t(tensors.size()), kTensorsPerThread, [&](int64_t index) {
     finish_tensor(tensors[size_t(index)], sums + index * c.num_sums(), size_t(index));
   });

@@ -1,6 +1,8 @@
 // The forward pass that the hierarchical rule's step and unroll share.
 #pragma once
 
+#include <algorithm>
+#include <functional>
 #include <optional>
 
 #include "hierarchical_kernels.h"
@@ -39,8 +41,21 @@ struct Blocks {
   int64_t cost = 0;
 
   void assign(const std::vector<int64_t>& sizes);
-  // Runs body(index) for every block, dealt by cost.
-  void for_each(const ParallelFor& parallel_for, const std::function<void(size_t)>& body) const;
+  // Runs body(index) for every block, dealt by cost. Allocates nothing: what a step does after it
+  // has begun to write must not fail.
+  template <typename Body>
+  void for_each(const ParallelFor& parallel_for, const Body& body) const {
+    const auto part = [&](int64_t begin, int64_t end) {
+      auto block = std::lower_bound(list.begin(), list.end(), begin * kCostUnit,
+                                    [](const Block& b, int64_t at) { return b.start < at; });
+      for (; block != list.end() && block->start < end * kCostUnit; ++block)
+        body(size_t(block - list.begin()));
+    };
+    parallel_for((cost + kCostUnit - 1) / kCostUnit, std::ref(part));
+  }
+
+ private:
+  static constexpr int64_t kCostUnit = 1024;  // what one index of a parallel loop stands for
 };
 
 // What a pass leaves for the step's end and for its derivative. Grows, never shrinks.
@@ -65,8 +80,8 @@ struct Pass {
   const ParallelFor& parallel_for;
   PassMemory& memory;
 
-  // Every whole tensor has coordinates. Splits them into blocks and readies what the levels above
-  // inject: to be called before the others.
+  // Every whole tensor has coordinates. Splits them into blocks, readies what the levels above
+  // inject and makes room for what follows: to be called before the others, which cannot fail.
   void prepare(const std::vector<HierarchicalTensor>& tensors, const float* global_states,
                int64_t problems) const;
   // New planes, each tensor's step before it is normalised, at raw_steps[i], and its sums

@@ -6,6 +6,7 @@
 inline constexpr int kWidth = FASTL2O_WIDTH;
 
 typedef float Vec __attribute__((vector_size(4 * FASTL2O_WIDTH), may_alias));
+typedef unsigned UVec __attribute__((vector_size(4 * FASTL2O_WIDTH), may_alias));
 typedef int IVec __attribute__((vector_size(4 * FASTL2O_WIDTH), may_alias));
 typedef float UnalignedVec __attribute__((vector_size(4 * FASTL2O_WIDTH), aligned(4), may_alias));
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._flat_vector import FlatVector, owns_memory
+from ._flat_vector import MOVING, FlatVector, owns_memory
 
 Weights = Mapping[str, Tensor]
 # Kernels hold config numbers in float32.
@@ -163,14 +163,24 @@ class Rule(nn.Module, abc.ABC):
             self._tables = [module._parameters for module in self.modules() if module._parameters]
         parameters = [parameter for table in self._tables for parameter in table.values()]
         flat = self._flat
-        if flat is not None and flat.addresses and not flat.holds(parameters):
-            flat = None  # parameters may still be views of it: no copy may go there
-        if flat is None or flat.vector.device != device or flat.vector.dtype != dtype:
+        if flat is None or not flat.holds(parameters, device, dtype):
+            # Another thread may step with this rule: while one moves them, none may read them.
+            with MOVING, torch.no_grad():
+                flat = self._refill(parameters, device, dtype)
+        return flat.vector
+
+    def _refill(
+        self, parameters: list[Tensor], device: torch.device, dtype: torch.dtype
+    ) -> FlatVector:
+        flat = self._flat
+        if flat is not None and flat.holds(parameters, device, dtype):
+            return flat
+        # Parameters may still be views of a vector that does not hold them all: none is copied to.
+        if flat is None or flat.addresses or not flat.is_on(device, dtype):
             flat = self._flat = self._flatten(parameters, device, dtype)
         if not flat.addresses:
-            with torch.no_grad():
-                torch._foreach_copy_(flat.views, parameters)
-        return flat.vector
+            torch._foreach_copy_(flat.views, parameters)
+        return flat
 
     def _flatten(
         self, parameters: list[Tensor], device: torch.device, dtype: torch.dtype
@@ -181,8 +191,7 @@ class Rule(nn.Module, abc.ABC):
             p.dtype == dtype and p.device == device and owns_memory(p) for p in parameters
         ):
             return FlatVector(vector, views, [])
-        with torch.no_grad():
-            torch._foreach_copy_(views, parameters)
+        torch._foreach_copy_(views, parameters)
         for parameter, view in zip(parameters, views, strict=True):
             parameter.data = view
         return FlatVector(vector, views, list(map(Tensor.data_ptr, views)))
@@ -255,9 +264,10 @@ class Rule(nn.Module, abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Pickle would write the memory of all for each of several views of it.
         if self._flat is not None and self._flat.addresses:
-            self._flat = None
-            for parameter in self.parameters():
-                parameter.data = parameter.data.clone()
+            with MOVING:
+                self._flat = None
+                for parameter in self.parameters():
+                    parameter.data = parameter.data.clone()
         # scratch is not part of a copy
         return {**self.__dict__, "_tables": None, "_flat": None}
 

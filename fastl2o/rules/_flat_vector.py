@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+# Held while meta-parameters are given other memory, or are copied.
+MOVING = threading.Lock()
 
 
 class FlatVector(NamedTuple):
@@ -18,10 +22,16 @@ class FlatVector(NamedTuple):
     views: list[Tensor]
     addresses: list[int]
 
-    def holds(self, parameters: list[Tensor]) -> bool:
-        """Whether the parameters are the views."""
-        return list(map(Tensor.data_ptr, parameters)) == self.addresses and all(
-            map(Tensor.is_contiguous, parameters)
+    def is_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the vector is there, and of that type."""
+        return self.vector.device == device and self.vector.dtype == dtype
+
+    def holds(self, parameters: list[Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the parameters are the views of a vector that is on this device."""
+        return (
+            list(map(Tensor.data_ptr, parameters)) == self.addresses
+            and all(map(Tensor.is_contiguous, parameters))
+            and self.is_on(device, dtype)
         )
 
 

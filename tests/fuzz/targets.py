@@ -24,6 +24,7 @@ from fastl2o.meta.checkpoint import CHECKPOINT, CheckpointWriter, load_checkpoin
 from fastl2o.rules import HierarchicalRule, LSTMRule, RNNPropRule, Rule
 
 from . import mutations
+from .layouts import step_layouts
 
 Attempt = Callable[[random.Random, Path], bool]
 
@@ -190,11 +191,12 @@ def _require_same(before: Any, after: Any) -> None:
 
 # How often each is tried, in a hundred.
 TARGETS: dict[str, tuple[Attempt, int]] = {
-    "rule file, bytes": (rule_bytes, 30),
-    "rule file, header": (rule_header, 30),
+    "rule file, bytes": (rule_bytes, 25),
+    "rule file, header": (rule_header, 25),
     "checkpoint, bytes": (checkpoint_bytes, 4),
     "checkpoint, content": (checkpoint_content, 6),
-    "optimizer state": (optimizer_state, 30),
+    "optimizer state": (optimizer_state, 29),
+    "layouts": (step_layouts, 11),
 }
 
 
