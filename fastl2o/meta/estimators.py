@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..rules import Rule
+from ..rules import CoordinateRule, Rule
 from . import objectives
 from ._checks import check_choice, check_number, check_type
 from .tasks import Task, TaskRun
@@ -43,6 +43,7 @@ class Estimator(ABC):
     Attributes:
         unroll: T, the inner steps of a window; None for a window as long as the horizon.
         objective: the meta-loss, one of ``objectives.OBJECTIVES``.
+        held_out: whether it is taken on data that the runs do not train on.
 
     Example:
         >>> from fastl2o import meta
@@ -53,6 +54,7 @@ class Estimator(ABC):
     kind: ClassVar[str]
     unroll: int | None
     objective: str
+    held_out: bool = False
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -73,6 +75,24 @@ class Estimator(ABC):
     def check_runs(self, runs: int) -> None:  # noqa: B027  (most take any number)
         """Refuse a number of runs that the estimator cannot use."""
 
+    def check_task(self, task: Task) -> None:
+        """Refuse a task that holds out no data where the meta-loss is to be taken on such."""
+        if not self.held_out:
+            return
+        generator = torch.Generator().manual_seed(0)
+        try:
+            task.sample(1, generator).held_out(generator)
+        except ValueError as error:
+            raise ValueError(f"held_out=True, and {task!r}: {error}") from error
+
+    def check_held_out(self, progress: Progress) -> None:
+        """Refuse runs whose losses are not measured on the data that the meta-loss is of."""
+        if self.held_out != (progress.held_out is not None):
+            raise TypeError(
+                f"progress was started with held_out={not self.held_out}, and the estimator has "
+                f"held_out={self.held_out}; start the runs by its begin(rule, run)"
+            )
+
     def sample(
         self, task: Task, runs: int, generator: torch.Generator, dtype: torch.dtype
     ) -> TaskRun:
@@ -81,7 +101,7 @@ class Estimator(ABC):
 
     def begin(self, rule: Rule, run: TaskRun) -> Progress:
         """Start the runs that ``sample`` drew."""
-        return start(rule, run)
+        return start(rule, run, held_out=self.held_out)
 
     def window_steps(self, steps: int | None) -> int:
         """``steps``, or else ``unroll``."""
@@ -120,6 +140,11 @@ class TruncatedBPTT(Estimator):
         full_data: whether f is the loss on all of a task's data, as the hierarchical rule's authors
             have it; the rule still sees gradients of minibatches. Then f's gradients are no longer
             those that the rule saw anyway: this always takes the autograd path.
+        held_out: whether f is the loss on minibatches of data that the runs do not train on (with
+            ``full_data``, on all of that data), for rules that train models which generalise. Its
+            gradients are taken besides those that the rule sees: a window takes twice the
+            evaluations and the memory. Rules whose coordinates talk to each other take the autograd
+            path then.
 
     Example:
         >>> import fastl2o
@@ -141,6 +166,7 @@ class TruncatedBPTT(Estimator):
         path: str = "fused",
         second_order: bool = False,
         full_data: bool = False,
+        held_out: bool = False,
     ) -> None:
         if unroll is not None:
             check_number("unroll", unroll, minimum=1, integer=True)
@@ -151,10 +177,14 @@ class TruncatedBPTT(Estimator):
         self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
         self.path = "autograd" if second_order or full_data else path
         self.second_order, self.full_data = bool(second_order), bool(full_data)
+        self.held_out = bool(held_out)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        names = ("unroll", "objective", "final_term", "path", "second_order", "full_data")
+        names = [
+            *("unroll", "objective", "final_term", "path"),
+            *("second_order", "full_data", "held_out"),
+        ]
         return {name: getattr(self, name) for name in names}
 
     def window(
@@ -168,18 +198,26 @@ class TruncatedBPTT(Estimator):
     ) -> MetaGradient:
         """See ``Estimator.window``."""
         steps = self.window_steps(steps)
-        if self.path == "autograd":
+        self.check_held_out(progress)
+        needs_autograd = self.held_out and not isinstance(rule, CoordinateRule)
+        if self.path == "autograd" or needs_autograd:
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
         window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
         loss = self.meta_loss(window.losses, progress.first_losses)
         sizes = progress.run.tensor_sizes
         weights = self.loss_weights(window.losses, progress.first_losses)
-        weights /= progress.run.gradient_share
+        upstream = {}
+        if window.held_out_grads is None:
+            upstream["loss_weights"] = weights / progress.run.gradient_share
+        else:
+            upstream["d_updates"] = _update_gradients(
+                window.held_out_grads, weights, lr, weight_decay
+            )
         gradient, d_state = ops.unroll_backward(
             rule,
             window.grads,
             window.state,
-            weights,
+            **upstream,
             steps=steps,
             step=window.step,
             lr=lr,
@@ -202,9 +240,11 @@ class TruncatedBPTT(Estimator):
         self, rule: Rule, progress: Progress, steps: int, lr: float, weight_decay: float
     ) -> MetaGradient:
         meta = rule.flat_parameters().detach().requires_grad_()
-        run, everything = progress.run, progress.run.full_batch()
+        run = progress.run
+        measured = run if progress.held_out is None else progress.held_out
+        everything = measured.full_batch()
         if self.full_data and progress.step == 0:
-            progress.first_losses = run.losses(progress.params, everything)
+            progress.first_losses = measured.losses(progress.params, everything)
             progress.losses = progress.first_losses.clone()
         params, state, grads = progress.params.clone(), progress.state, progress.grads
         losses, sizes = [progress.losses], run.tensor_sizes
@@ -223,8 +263,12 @@ class TruncatedBPTT(Estimator):
                 # Not by autograd, which knows nothing of noise that a task adds to gradients.
                 grads = run.loss_and_grad(params.detach(), batch)[1]
                 loss = params.new_empty(0)
-            if self.full_data or not self.second_order:
-                loss = run.losses(params, everything if self.full_data else batch)
+            if self.full_data:
+                loss = measured.losses(params, everything)
+            elif self.held_out:
+                loss = measured.losses(params, measured.next_batch())
+            elif not self.second_order:
+                loss = run.losses(params, batch)
             losses.append(loss)
         all_losses = torch.stack(losses)
         meta_loss = self.meta_loss(all_losses, progress.first_losses)
@@ -237,6 +281,17 @@ class TruncatedBPTT(Estimator):
         progress.state.copy_(state.detach())
         progress.losses, progress.grads = all_losses[-1].detach().clone(), grads.detach().clone()
         return MetaGradient(meta_loss.detach(), gradient, all_losses.detach())
+
+
+def _update_gradients(grads: Tensor, weights: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """d meta-loss / d u_t ``(T, R, D)``, in place of the gradients of f_1 .. f_T.
+
+    ``weights (T + 1, R)`` are those of f_0 .. f_T in the meta-loss.
+    """
+    grads *= weights[1:, :, None]
+    for t in reversed(range(len(grads) - 1)):
+        grads[t].add_(grads[t + 1], alpha=1.0 - lr * weight_decay)
+    return grads.mul_(lr)
 
 
 def unroll_gradient(
@@ -281,5 +336,6 @@ def unroll_gradient(
     check_type("estimator", estimator, TruncatedBPTT, "TruncatedBPTT(unroll=20)")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         check_number(name, value, minimum=0)
-    result = estimator.window(rule, start(rule, task_run), steps, lr=lr, weight_decay=weight_decay)
+    progress = estimator.begin(rule, task_run)
+    result = estimator.window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
     return rule.unflatten(result.gradient), result.losses

@@ -143,6 +143,8 @@ class MetaTrainer:
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         check_type("estimator", self.estimator, Estimator, "TruncatedBPTT(unroll=20)")
         self.estimator.check_runs(runs)
+        for task in self.tasks:
+            self.estimator.check_task(task)
         self.horizon: Horizon = as_horizon(horizon)
         unroll = self.estimator.unroll if unroll is None else unroll
         self.unroll = None if unroll is None else as_horizon(unroll, "unroll")

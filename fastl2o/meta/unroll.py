@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _ops_hierarchical as hierarchical
 from .. import ops
 from ..rules import HierarchicalRule
+from .tasks._base import fork_generator
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -70,10 +71,11 @@ class Progress:
         state: the rule's state, as ``rule.init_runs`` lays it out (``(S, R, D)`` for rules whose
             coordinates do not talk to each other), stepped in place.
         step: number of inner steps taken.
-        losses: f at ``params`` ``(R,)``; with ``grads`` the evaluation that the next step uses.
-        grads: gradient at ``params`` ``(R, D)``.
+        losses: f at ``params`` ``(R,)``.
+        grads: gradient at ``params`` ``(R, D)`` that the next step uses.
         first_losses: f at the initial parameters ``(R,)``.
         perturbations: of the meta-parameters, where the estimator disturbs them.
+        held_out: the same runs on held-out data, where f is measured on that.
 
     Example:
         >>> import fastl2o, torch
@@ -94,14 +96,25 @@ class Progress:
     grads: Tensor
     first_losses: Tensor
     perturbations: Perturbations | None = None
+    held_out: TaskRun | None = None
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """f ``(R,)`` and the next step's gradient ``(R, D)``, on minibatches drawn anew."""
+        losses, grads = self.run.loss_and_grad(self.params, self.run.next_batch())
+        if self.held_out is not None:
+            with torch.no_grad():
+                losses = self.held_out.losses(self.params, self.held_out.next_batch())
+        return losses, grads
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         names = ("params", "state", "step", "losses", "grads", "first_losses")
-        noise = self.perturbations
+        noise, apart = self.perturbations, self.held_out
         return {
             "run": self.run.state_dict(),
             "perturbations": None if noise is None else [noise.seed, noise.windows, noise.steps],
+            # All else of it is the run's.
+            "held_out": None if apart is None else apart.generator.get_state(),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -110,9 +123,12 @@ class Progress:
         """Put a saved position back; ``run`` is any run of the same task, with as many runs."""
         run.load_state_dict(saved["run"])
         names = ("params", "state", "losses", "grads", "first_losses")
-        noise = saved["perturbations"]
+        noise, held_out = saved["perturbations"], None
+        if saved["held_out"] is not None:
+            held_out = run.held_out(torch.Generator().set_state(saved["held_out"]))
         return cls(
             run=run,
+            held_out=held_out,
             step=int(saved["step"]),
             perturbations=None if noise is None else Perturbations(*noise),
             **{name: saved[name].clone() for name in names},
@@ -132,13 +148,16 @@ class Window(NamedTuple):
         (torch.Size([6, 2, 3]), 0)
     """
 
-    grads: Tensor  # (T + 1, R, D): g_0 .. g_T
+    grads: Tensor  # (T + 1, R, D): g_0 .. g_T, which the rule sees
     losses: Tensor  # (T + 1, R): f_0 .. f_T
     state: Tensor  # the rule's state before the window, as rule.init_runs lays it out
     step: int  # inner steps taken before the window
+    held_out_grads: Tensor | None = None  # (T, R, D): of f_1 .. f_T, where f is on held-out data
 
 
-def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
+def start(
+    rule: Rule, run: TaskRun, state: Tensor | None = None, *, held_out: bool = False
+) -> Progress:
     """Begin the runs: initial state, and the first evaluation at the initial parameters.
 
     What is random about the state follows from the run's generator, which it leaves as it is.
@@ -147,6 +166,11 @@ def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
         rule: the rule that will step them.
         run: what they train.
         state: to start from in place of ``rule.init_runs``.
+        held_out: measure f on minibatches of held-out data; they are drawn from a generator of
+            their own, seeded by the run's.
+
+    Raises:
+        ValueError: with ``held_out``, if the run's task holds out no data.
 
     Example:
         >>> import fastl2o, torch
@@ -160,7 +184,12 @@ def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
     if state is None:
         state = rule.init_runs(params, run.tensor_sizes, run.generator)
     losses, grads = run.loss_and_grad(params, run.next_batch())
-    return Progress(run, params, state, 0, losses, grads, losses.clone())
+    apart = None
+    if held_out:
+        apart = run.held_out(fork_generator(run.generator))
+        with torch.no_grad():
+            losses = apart.losses(params, apart.next_batch())
+    return Progress(run, params, state, 0, losses, grads, losses.clone(), held_out=apart)
 
 
 def run_window(
@@ -192,14 +221,16 @@ def run_window(
     grads = params.new_empty((steps + 1, *params.shape))
     losses = progress.losses.new_empty((steps + 1, params.shape[0]))
     grads[0], losses[0] = progress.grads, progress.losses
-    window = Window(grads, losses, state.clone(), progress.step)
-    sizes = progress.run.tensor_sizes
+    run, apart = progress.run, progress.held_out
+    of_losses = None if apart is None else params.new_empty((steps, *params.shape))
+    window = Window(grads, losses, state.clone(), progress.step, of_losses)
     with torch.no_grad():
         for t in range(steps):
-            step_runs(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
-            losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
-                params, progress.run.next_batch()
-            )
+            taken = progress.step + t
+            step_runs(rule, params, grads[t], state, taken, run.tensor_sizes, lr, weight_decay)
+            losses[t + 1], grads[t + 1] = run.loss_and_grad(params, run.next_batch())
+            if apart is not None and of_losses is not None:
+                losses[t + 1], of_losses[t] = apart.loss_and_grad(params, apart.next_batch())
     progress.step += steps
     progress.losses, progress.grads = losses[steps].clone(), grads[steps].clone()
     return window
@@ -235,7 +266,7 @@ def roll(
         for t in range(steps):
             taken = progress.step + t
             step_runs(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
-            loss, grads = progress.run.loss_and_grad(progress.params, progress.run.next_batch())
+            loss, grads = progress.evaluate()
             losses.append(loss)
     if apart:
         progress.state.copy_(state.transpose(0, 1))
