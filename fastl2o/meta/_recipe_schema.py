@@ -63,6 +63,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., Estimator], Keys]] = {
             "second_order": (bool,),
             "full_data": (bool,),
             "held_out": (bool,),
+            "segments": (int, str),
         },
     ),
     "es": (ES, _EVOLUTION_KEYS),

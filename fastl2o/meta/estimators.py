@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..rules import CoordinateRule, Rule
 from . import objectives
 from ._checks import check_choice, check_number, check_type
+from ._segments import SegmentedWindow, least_memory
 from .tasks import Task, TaskRun
-from .unroll import Progress, run_window, start
+from .unroll import Progress, start
 
 __all__ = ["Estimator", "MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
@@ -74,6 +74,9 @@ class Estimator(ABC):
 
     def check_runs(self, runs: int) -> None:  # noqa: B027  (most take any number)
         """Refuse a number of runs that the estimator cannot use."""
+
+    def check_rule(self, rule: Rule) -> None:  # noqa: B027  (most take any rule)
+        """Refuse a rule that the estimator cannot differentiate."""
 
     def check_task(self, task: Task) -> None:
         """Refuse a task that holds out no data where the meta-loss is to be taken on such."""
@@ -145,6 +148,10 @@ class TruncatedBPTT(Estimator):
             gradients are taken besides those that the rule sees: a window takes twice the
             evaluations and the memory. Rules whose coordinates talk to each other take the autograd
             path then.
+        segments: keep no more of a window's gradients at a time than those of one of as many
+            segments; of the others only the beginnings are kept, and their steps are taken again.
+            ``"auto"`` is the number that takes the least memory, which then grows by the square
+            root of ``unroll``. The gradient is the same but for rounding. For the fused path.
 
     Example:
         >>> import fastl2o
@@ -167,6 +174,7 @@ class TruncatedBPTT(Estimator):
         second_order: bool = False,
         full_data: bool = False,
         held_out: bool = False,
+        segments: int | str = 1,
     ) -> None:
         if unroll is not None:
             check_number("unroll", unroll, minimum=1, integer=True)
@@ -177,13 +185,22 @@ class TruncatedBPTT(Estimator):
         self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
         self.path = "autograd" if second_order or full_data else path
         self.second_order, self.full_data = bool(second_order), bool(full_data)
-        self.held_out = bool(held_out)
+        self.held_out, self.segments = bool(held_out), segments
+        if isinstance(segments, str):
+            check_choice("segments", segments, ("auto",))
+        else:
+            check_number("segments", segments, minimum=1, integer=True)
+        if segments != 1 and self.path == "autograd":
+            raise ValueError(
+                f"segments={segments!r} is for the fused path; second_order, full_data and "
+                "path='autograd' keep whole graphs: use segments=1"
+            )
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
         names = [
             *("unroll", "objective", "final_term", "path"),
-            *("second_order", "full_data", "held_out"),
+            *("second_order", "full_data", "held_out", "segments"),
         ]
         return {name: getattr(self, name) for name in names}
 
@@ -202,31 +219,26 @@ class TruncatedBPTT(Estimator):
         needs_autograd = self.held_out and not isinstance(rule, CoordinateRule)
         if self.path == "autograd" or needs_autograd:
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
-        window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
-        loss = self.meta_loss(window.losses, progress.first_losses)
-        sizes = progress.run.tensor_sizes
-        weights = self.loss_weights(window.losses, progress.first_losses)
-        upstream = {}
-        if window.held_out_grads is None:
-            upstream["loss_weights"] = weights / progress.run.gradient_share
-        else:
-            upstream["d_updates"] = _update_gradients(
-                window.held_out_grads, weights, lr, weight_decay
+        self.check_rule(rule)
+        segments, first = self.segments, progress.step == 0
+        if isinstance(segments, str):
+            segments = least_memory(progress, steps)
+        window = SegmentedWindow(rule, progress, steps, min(segments, steps), lr, weight_decay)
+        losses = window.forward()
+        loss = self.meta_loss(losses, progress.first_losses)
+        weights = self.loss_weights(losses, progress.first_losses)
+        gradient, d_state = window.backward(weights)
+        if rule.learned_start and first:
+            gradient = gradient + rule.start_gradient(d_state, progress.run.tensor_sizes)
+        return MetaGradient(loss, gradient, losses)
+
+    def check_rule(self, rule: Rule) -> None:
+        """See ``Estimator.check_rule``."""
+        if self.segments != 1 and not isinstance(rule, CoordinateRule):
+            raise ValueError(
+                f"segments={self.segments!r} is for rules whose coordinates do not talk to each "
+                f"other, and this one is of family {rule.family!r}; use segments=1"
             )
-        gradient, d_state = ops.unroll_backward(
-            rule,
-            window.grads,
-            window.state,
-            **upstream,
-            steps=steps,
-            step=window.step,
-            lr=lr,
-            weight_decay=weight_decay,
-            sizes=sizes,
-        )
-        if rule.learned_start and window.step == 0:
-            gradient = gradient + rule.start_gradient(d_state, sizes)
-        return MetaGradient(loss, gradient, window.losses)
 
     def meta_loss(self, losses: Tensor, first_losses: Tensor) -> Tensor:
         """The meta-loss, 0-dim, of ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
@@ -281,17 +293,6 @@ class TruncatedBPTT(Estimator):
         progress.state.copy_(state.detach())
         progress.losses, progress.grads = all_losses[-1].detach().clone(), grads.detach().clone()
         return MetaGradient(meta_loss.detach(), gradient, all_losses.detach())
-
-
-def _update_gradients(grads: Tensor, weights: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """d meta-loss / d u_t ``(T, R, D)``, in place of the gradients of f_1 .. f_T.
-
-    ``weights (T + 1, R)`` are those of f_0 .. f_T in the meta-loss.
-    """
-    grads *= weights[1:, :, None]
-    for t in reversed(range(len(grads) - 1)):
-        grads[t].add_(grads[t + 1], alpha=1.0 - lr * weight_decay)
-    return grads.mul_(lr)
 
 
 def unroll_gradient(

@@ -143,6 +143,7 @@ class MetaTrainer:
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         check_type("estimator", self.estimator, Estimator, "TruncatedBPTT(unroll=20)")
         self.estimator.check_runs(runs)
+        self.estimator.check_rule(rule)
         for task in self.tasks:
             self.estimator.check_task(task)
         self.horizon: Horizon = as_horizon(horizon)

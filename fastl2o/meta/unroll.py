@@ -106,6 +106,11 @@ class Progress:
                 losses = self.held_out.losses(self.params, self.held_out.next_batch())
         return losses, grads
 
+    def generators(self) -> list[torch.Generator]:
+        """All that ``evaluate`` draws from."""
+        apart = [] if self.held_out is None else self.held_out.generators()
+        return [*self.run.generators(), *apart]
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         names = ("params", "state", "step", "losses", "grads", "first_losses")
@@ -240,24 +245,24 @@ def roll(
     rule: Rule,
     progress: Progress,
     steps: int,
-    meta: Tensor,
+    meta: Tensor | None = None,
     *,
     lr: float = 1.0,
     weight_decay: float = 0.0,
 ) -> Tensor:
-    """Advance ``progress`` by ``steps``, in place, each run by a row of meta-parameters of its own.
+    """Advance ``progress`` by ``steps``, in place, and record the losses alone.
 
     Args:
-        rule: its config says what is computed, not its meta-parameters.
+        rule: the rule that takes the steps.
         progress: where the runs stand; advanced in place.
         steps: T, at least 1.
-        meta: ``(R, M)``, flat meta-parameters of each run.
+        meta: ``(R, M)``, flat meta-parameters of each run in place of the rule's.
         lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
 
     Returns:
         The losses ``(T + 1, R)``, f_0 .. f_T. Gradients are not kept.
     """
-    apart = not isinstance(rule, HierarchicalRule)
+    apart = meta is not None and not isinstance(rule, HierarchicalRule)
     # A run's planes lie together while it is stepped by meta-parameters of its own.
     state = progress.state.transpose(0, 1).contiguous() if apart else progress.state
     losses, grads = [progress.losses], progress.grads

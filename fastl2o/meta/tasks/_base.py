@@ -109,6 +109,10 @@ class TaskRun(ABC):
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
 
+    def generators(self) -> list[torch.Generator]:
+        """All generators that batches are drawn from, for drawing the same ones again."""
+        return [self.generator]
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and generator state, enough to continue with the same bits."""
         return {"tensors": dict(self.tensors), "generator": self.generator.get_state()}

@@ -211,6 +211,9 @@ class _SumRun(TaskRun):
     def full_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.full_batch())
 
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator, *(g for part in self.parts for g in part.generators())]
+
     def held_out(self, generator: torch.Generator) -> TaskRun:
         return _SumRun([part.held_out(generator) for part in self.parts], generator)
 

@@ -38,6 +38,9 @@ class WrappedRun(TaskRun):
     def full_batch(self) -> Batch:
         return self.inner.full_batch()
 
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator, *self.inner.generators()]
+
     def held_out(self, generator: torch.Generator) -> TaskRun:
         other = copy.copy(self)
         other.inner, other.generator = self.inner.held_out(generator), generator
