@@ -146,7 +146,7 @@ def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_foreign_checkpoint_is_named(tmp_path: Path) -> None:
-    torch.save({"version": 2, "fingerprint": "{"}, tmp_path / CHECKPOINT)
+    torch.save({"version": 3, "fingerprint": "{"}, tmp_path / CHECKPOINT)
     with pytest.raises(meta.CheckpointError, match="not one of a MetaTrainer"):
         small_trainer(checkpoint_dir=tmp_path).fit(1)
 
@@ -159,7 +159,7 @@ def test_other_things_are_no_training_state(state: Any) -> None:
 
 def test_nobody_is_told_to_unpickle_a_damaged_checkpoint(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_text("no checkpoint")
-    torch.save({"version": 2, "half": Fraction(1, 2)}, tmp_path / PREVIOUS)
+    torch.save({"version": 3, "half": Fraction(1, 2)}, tmp_path / PREVIOUS)
     with pytest.raises(CheckpointError, match="can be read") as caught:
         load_checkpoint(tmp_path)
     assert str(caught.value).count("it is damaged, or holds what no checkpoint does") == 2

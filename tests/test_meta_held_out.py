@@ -250,6 +250,18 @@ def test_fit_resumed_has_the_same_bits(estimator: meta.Estimator, stop: int, tmp
     assert_same_bits(parts, whole)
 
 
+def test_lessons_report_held_out_losses_too() -> None:
+    rule, imitation = small_rule(), meta.Imitation(probability=1.0)
+    progress = begin(rule, DIGITS, meta.TruncatedBPTT(held_out=True))
+    lesson = imitation.begin(rule, progress, seeded())
+    apart = progress.held_out
+    assert apart is not None
+    replayed = torch.Generator().set_state(apart.generator.get_state())
+    result = imitation.window(rule, progress, lesson, 1)
+    again = progress.run.held_out(replayed)
+    assert torch.equal(result.losses[1], again.losses(progress.params, again.next_batch()))
+
+
 def test_training_by_held_out_losses_lowers_them() -> None:
     rule, estimator = small_rule(), meta.TruncatedBPTT(5, held_out=True)
     optimizer = torch.optim.Adam(rule.parameters(), lr=1e-2)

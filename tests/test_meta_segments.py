@@ -173,6 +173,12 @@ def test_fit_on_whole_horizons_in_segments_resumes_to_the_same_bits(tmp_path: An
     assert_same_bits(parts, whole)
 
 
+@pytest.mark.parametrize("segments", [1, 3, "auto"])
+def test_windows_of_no_steps_are_refused(segments: int | str) -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        windows(small_rule(), DIGITS, meta.TruncatedBPTT(segments=segments), 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -30,7 +30,7 @@ def least_memory(progress: Progress, steps: int) -> int:
     """
     planes = progress.state.numel() / max(1, progress.params.numel())
     records = 1 if progress.held_out is None else 2
-    return min(steps, max(1, round(math.sqrt(records * steps / (planes + 2)))))
+    return max(1, round(math.sqrt(records * steps / (planes + 2))))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SegmentedWindow:
         rule: the rule that takes the steps.
         progress: where the runs stand; ``forward`` advances it.
         steps: T.
-        segments: S, at most T; 1 records all and replays nothing.
+        segments: S, from 1 to T; 1 records all and replays nothing.
         lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
     """
 

@@ -23,7 +23,7 @@ __all__ = [
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
-_VERSION = 2
+_VERSION = 3
 
 
 class CheckpointError(RuntimeError):

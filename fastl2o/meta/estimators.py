@@ -215,15 +215,16 @@ class TruncatedBPTT(Estimator):
     ) -> MetaGradient:
         """See ``Estimator.window``."""
         steps = self.window_steps(steps)
+        self.check_rule(rule)
         self.check_held_out(progress)
         needs_autograd = self.held_out and not isinstance(rule, CoordinateRule)
         if self.path == "autograd" or needs_autograd:
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
-        self.check_rule(rule)
         segments, first = self.segments, progress.step == 0
         if isinstance(segments, str):
             segments = least_memory(progress, steps)
-        window = SegmentedWindow(rule, progress, steps, min(segments, steps), lr, weight_decay)
+        segments = max(1, min(segments, steps))
+        window = SegmentedWindow(rule, progress, steps, segments, lr, weight_decay)
         losses = window.forward()
         loss = self.meta_loss(losses, progress.first_losses)
         weights = self.loss_weights(losses, progress.first_losses)
