@@ -174,16 +174,19 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
                                                const Tensor& state, double step, const Tensor& meta,
                                                const Tensor& loss_weights, int64_t steps, double lr,
                                                double weight_decay,
-                                               const std::optional<Tensor>& d_updates) {
+                                               const std::optional<Tensor>& d_updates,
+                                               const std::optional<Tensor>& d_last_state) {
   check_config(config, meta);
   check_floats(grads, "grads");
   check_floats(state, "state");
   check_floats(loss_weights, "loss_weights");
   if (d_updates.has_value()) check_floats(*d_updates, "d_updates");
+  if (d_last_state.has_value()) check_floats(*d_last_state, "d_last_state");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
-  const auto args = fastl2o::recorded_window(config, grads, state, step, loss_weights, steps, lr,
-                                             weight_decay, d_updates, d_state, d_meta);
+  const auto args =
+      fastl2o::recorded_window(config, grads, state, step, loss_weights, steps, lr, weight_decay,
+                               d_updates, d_last_state, d_state, d_meta);
   fastl2o::cpu::unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta), args,
                                 parallel_for);
   return {d_meta, d_state};

@@ -59,10 +59,11 @@ std::tuple<Tensor, Tensor> lstm_unroll_backward(Tensor grads, Tensor state, Tens
                                                 int64_t hidden_size, int64_t num_layers,
                                                 bool log_sign, double p, double eps,
                                                 double output_scale, double lr, double weight_decay,
-                                                std::optional<Tensor> d_updates) {
+                                                std::optional<Tensor> d_updates,
+                                                std::optional<Tensor> d_last_state) {
   return run_unroll_backward(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale),
                              grads, state, 0.0, meta, loss_weights, steps, lr, weight_decay,
-                             d_updates);
+                             d_updates, d_last_state);
 }
 
 std::tuple<Tensor, Tensor> rnnprop_unroll_backward(Tensor grads, Tensor state, int64_t step,
@@ -70,8 +71,9 @@ std::tuple<Tensor, Tensor> rnnprop_unroll_backward(Tensor grads, Tensor state, i
                                                    int64_t hidden_size, int64_t num_layers,
                                                    double beta1, double beta2, double step_size,
                                                    double lr, double weight_decay,
-                                                   std::optional<Tensor> d_updates) {
+                                                   std::optional<Tensor> d_updates,
+                                                   std::optional<Tensor> d_last_state) {
   return run_unroll_backward(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
                              grads, state, double(step), meta, loss_weights, steps, lr,
-                             weight_decay, d_updates);
+                             weight_decay, d_updates, d_last_state);
 }

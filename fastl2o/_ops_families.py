@@ -220,8 +220,8 @@ def _define_unroll_backward(signature: _Signature) -> Any:
     step = "int step, " if signature.needs_step else ""
     schema = (
         f"(Tensor grads, Tensor state, {step}Tensor meta, Tensor loss_weights, int steps, "
-        f"{signature.schema}, float lr, float weight_decay, Tensor? d_updates=None) "
-        "-> (Tensor, Tensor)"
+        f"{signature.schema}, float lr, float weight_decay, Tensor? d_updates=None, "
+        "Tensor? d_last_state=None) -> (Tensor, Tensor)"
     )
 
     def default(named: Named) -> tuple[Tensor, Tensor]:
@@ -236,6 +236,7 @@ def _define_unroll_backward(signature: _Signature) -> Any:
             named["lr"],
             named["weight_decay"],
             named["d_updates"],
+            named["d_last_state"],
         )
 
     def fake(named: Named) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _ops_reference as reference
 from . import backends
 from .rules import Rule
 
@@ -156,25 +157,43 @@ def unroll_backward(backend: str, rule: Rule, named: Named) -> tuple[Tensor, Ten
     start = _window_start(named, "grads")
     rest = (named["loss_weights"], named["steps"])
     decay = (named["lr"], named["weight_decay"])
-    given = named.get("d_updates")
+    given = (named.get("d_updates"), named.get("d_last_state"))
     if backend == "triton":
-        if given is not None:
-            return _triton_steps_backward(rule, *start, given)
-        return _triton("window").unroll_backward(rule, *start, *rest, *decay)
+        if given == (None, None):
+            return _triton("window").unroll_backward(rule, *start, *rest, *decay)
+        d_updates, d_last = given
+        if d_updates is None:
+            d_updates = _update_gradients(named)
+        return _triton_steps_backward(rule, *start, d_updates, d_last)
     return torch.ops.fastl2o_cuda.unroll_backward(
-        *start, *rest, *cuda_arguments(rule), *decay, given, fast()
+        *start, *rest, *cuda_arguments(rule), *decay, *given, fast()
     )
 
 
+def _update_gradients(named: Named) -> Tensor:
+    """The dL/du_t `(T, R, D)` that a window's loss weights stand for."""
+    grads, weights, steps = named["grads"], named["loss_weights"], named["steps"]
+    later, own = torch.zeros_like(grads[:steps]), torch.zeros_like(weights[:steps])
+    later[: len(grads) - 1], own[: len(grads) - 1] = grads[1:], weights[1:]
+    return reference.adjoints_(later, own, 1.0 - named["lr"] * named["weight_decay"]) * named["lr"]
+
+
 def _triton_steps_backward(
-    rule: Rule, grads: Tensor, state: Tensor, first_step: int, meta: Tensor, d_updates: Tensor
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    first_step: int,
+    meta: Tensor,
+    d_updates: Tensor,
+    d_last_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Step by step back from given dL/du_t: Triton's window takes only one step of these."""
     kernels, states = _triton("window"), [state]
     steps = len(d_updates)
     for t in range(steps - 1):
         states.append(kernels.step(rule, grads[t], states[t], first_step + t, meta)[1])
-    d_meta, d_state = torch.zeros_like(meta), torch.zeros_like(state)
+    d_meta = torch.zeros_like(meta)
+    d_state = torch.zeros_like(state) if d_last_state is None else d_last_state
     for t in reversed(range(steps)):
         _, d_state, d_step = kernels.step_backward(
             rule, d_updates[t], d_state, grads[t], states[t], first_step + t, meta

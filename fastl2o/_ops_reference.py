@@ -58,19 +58,51 @@ def check_lists(
             )
 
 
-def check_updates(rule: Rule, grads: Tensor, d_updates: Tensor, steps: int) -> None:
-    """Check the given upstream gradients of a window's updates."""
+def check_upstream(
+    rule: Rule,
+    grads: Tensor,
+    state: Tensor,
+    steps: int,
+    d_updates: Tensor | None,
+    d_last_state: Tensor | None,
+) -> None:
+    """Check the given upstream gradients of a window's updates and of the state after it."""
+    if d_updates is None and d_last_state is None:
+        return
     if not isinstance(rule, CoordinateRule):
+        name = "d_last_state" if d_updates is None else "d_updates"
         raise ValueError(
-            f"d_updates: a rule of family {rule.family!r} takes loss_weights only; its updates "
+            f"{name}: a rule of family {rule.family!r} takes loss_weights only; its updates "
             "depend on the tensors"
         )
     expected = (steps, *grads.shape[1:])
-    if d_updates.shape != expected:
+    if d_updates is not None and d_updates.shape != expected:
         raise ValueError(
             f"d_updates: expected shape {expected}, one number for each update, got "
             f"{tuple(d_updates.shape)}"
         )
+    if d_last_state is not None and d_last_state.shape != state.shape:
+        raise ValueError(
+            f"d_last_state: expected shape {tuple(state.shape)} like state's, got "
+            f"{tuple(d_last_state.shape)}"
+        )
+
+
+def adjoints_(grads: Tensor, weights: Tensor, keep: float, later: Tensor | None = None) -> Tensor:
+    """Turn gradients g_1 .. g_T into a_t = w_t g_t + keep a_{t+1}, in place.
+
+    Args:
+        grads: `(T, R, D)`.
+        weights: `(T, R)`, w_t for each run.
+        keep: 1 - lr weight_decay.
+        later: a_{T+1}, `(R, D)`; zero by default.
+    """
+    grads *= weights[:, :, None]
+    for grad in reversed(grads.unbind()):
+        if later is not None:
+            grad.add_(later, alpha=keep)
+        later = grad
+    return grads
 
 
 def check_rows(
@@ -189,6 +221,7 @@ def unroll_backward(
     lr: float,
     weight_decay: float,
     d_updates: Tensor | None = None,
+    d_last_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The unroll backward, block by block; see `fastl2o.ops.unroll_backward` for the arguments.
 
@@ -207,6 +240,8 @@ def unroll_backward(
     flat_grads = grads.reshape(grads.shape[0], runs * dim)
     flat_state = state.reshape(planes, runs * dim)
     d_meta, d_state = torch.zeros_like(meta), torch.zeros_like(flat_state)
+    if d_last_state is not None:
+        d_state.copy_(d_last_state.reshape(planes, runs * dim))
     size = max(1, UNROLL_BLOCK // max(1, planes * steps))
     for start in range(0, runs * dim, size):
         block = slice(start, min(start + size, runs * dim))
@@ -222,6 +257,7 @@ def unroll_backward(
             lr,
             weight_decay,
             None if d_updates is None else d_updates.reshape(steps, runs * dim)[:, block],
+            d_state[:, block],
         )
         d_meta += d_block
     return d_meta, d_state.reshape(state.shape)
@@ -238,15 +274,19 @@ def _unroll_block(
     lr: float,
     weight_decay: float,
     d_updates: Tensor | None,
+    d_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`unroll_backward` on coordinates `(K, N)` with the loss weights spread over them."""
+    """`unroll_backward` on coordinates `(K, N)` with the loss weights spread over them.
+
+    `d_state` is that of the state after the window.
+    """
     states = [state]
     for t in range(steps - 1):
         states.append(rule.reference_step(grads[t], states[t], step + t, meta)[1])
     adjoint = (
         weights[steps] * grads[steps] if grads.shape[0] > steps else torch.zeros_like(grads[0])
     )
-    d_state, d_meta = torch.zeros_like(state), torch.zeros_like(meta)
+    d_meta = torch.zeros_like(meta)
     for t in reversed(range(steps)):
         d_update = lr * adjoint if d_updates is None else d_updates[t]
         _, d_state, d_step = rule.reference_backward(

@@ -236,6 +236,7 @@ def unroll_backward(
     meta: Tensor | None = None,
     sizes: Sequence[int] | None = None,
     d_updates: Tensor | None = None,
+    d_last_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum_t w_t f_t(theta_t) over a window of steps, from its recorded gradients alone.
 
@@ -258,6 +259,8 @@ def unroll_backward(
             whole tensors; one tensor by default.
         d_updates: `(T, R, D)`, dL/du_t; `lr` and `weight_decay` do not matter then. For rules whose
             coordinates do not talk to each other.
+        d_last_state: shaped as `state`, the gradient of the state after the window, where L depends
+            on that; zero by default. For the same rules.
 
     Returns:
         d_meta `(M,)` and d_state, the gradients of the meta-parameters and of the first state.
@@ -280,8 +283,7 @@ def unroll_backward(
     if loss_weights is None:
         loss_weights = grads.new_empty(grads.shape[:2])
     _check_window(rule, grads, state, loss_weights, steps, step, sizes)
-    if d_updates is not None:
-        reference.check_updates(rule, grads, d_updates, steps)
+    reference.check_upstream(rule, grads, state, steps, d_updates, d_last_state)
     if isinstance(rule, HierarchicalRule):
         return hierarchical.unroll_backward(
             rule, grads, state, loss_weights, steps=steps, step=step,
@@ -298,15 +300,18 @@ def unroll_backward(
     )
     if chosen == "reference" or family is None:
         return reference.unroll_backward(
-            rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay, d_updates
-        )
-    if d_updates is not None:
-        d_updates = d_updates.to(torch.float32).contiguous()
+            rule, grads, state, step, flat, loss_weights, steps, lr, weight_decay,
+            d_updates, d_last_state,
+        )  # fmt: skip
+    given = [
+        None if upstream is None else upstream.to(torch.float32).contiguous()
+        for upstream in (d_updates, d_last_state)
+    ]
     if chosen == "triton" and grads.device.type == "cpu":
         named = {
             "grads": grads, "state": state, "step": int(step), "meta": flat, "steps": steps,
             "loss_weights": loss_weights.to(torch.float32), "lr": lr, "weight_decay": weight_decay,
-            "d_updates": d_updates,
+            "d_updates": given[0], "d_last_state": given[1],
         }  # fmt: skip
         with torch.no_grad():
             return _ops_gpu.unroll_backward("triton", rule, named)
@@ -322,7 +327,7 @@ def unroll_backward(
             *family.arguments(rule),
             lr,
             weight_decay,
-            d_updates,
+            *given,
         )
     return d_meta, d_state
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastl2o
 from fastl2o.rules import Rule
 from tests import common, cuda_step, tensor_core
 
@@ -276,6 +277,37 @@ def test_one_step_with_given_gradients_is_the_functional_backward(case: common.R
     kernel = (result.d_grads[0], result.d_state, result.d_meta)
     for index, what in enumerate(("d_grad", "d_state", "d_meta")):
         common.assert_as_accurate(kernel[index], plain[index], exact[index], what, norm=True)
+
+
+@over_families
+def test_a_window_before_another_takes_the_gradient_of_its_last_state(
+    case: common.RuleCase,
+) -> None:
+    rule, exact_rule = case.make(), case.make(torch.float64)
+    window = common.random_window(rule, steps=3, runs=2, dim=20)
+    d_last = torch.randn(window.state.shape, generator=torch.Generator().manual_seed(7))
+    result = unroll_backward(rule, window, lr=0.7, weight_decay=0.1, d_last_state=d_last)
+    references = []
+    for each in (rule, exact_rule):
+        dtype = each.flat_parameters().dtype
+        wide = window.to(dtype)
+        with fastl2o.backend("reference"):
+            references.append(
+                fastl2o.ops.unroll_backward(
+                    each,
+                    wide.grads,
+                    wide.state,
+                    wide.loss_weights,
+                    steps=3,
+                    step=window.step,
+                    lr=0.7,
+                    weight_decay=0.1,
+                    d_last_state=d_last.to(dtype),
+                )
+            )
+    for index, what in enumerate(("d_meta", "d_state")):
+        plain, exact = (reference[index] for reference in references)
+        common.assert_as_accurate(result[index], plain, exact, what, norm=True)
 
 
 @over_families

@@ -44,6 +44,10 @@ for rule in (fastl2o.LSTMRule(4, 1), fastl2o.RNNPropRule(4, 1)):
             results[-1] += ops.unroll_backward(
                 rule, grads[:, None], rule.init_state(grad[None]), steps=2, d_updates=grads[:, None]
             )
+            later = torch.ones_like(rule.init_state(grad[None]))
+            results[-1] += ops.unroll_backward(
+                rule, grads[:, None], 0.1 * later, weights, steps=2, lr=0.5, d_last_state=later
+            )
     for kernel, reference in zip(*results, strict=True):
         torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-5)
 print("alike")

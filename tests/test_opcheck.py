@@ -32,6 +32,7 @@ def _of_family(case: RuleCase) -> Samples:
     window = (torch.randn(4, 2, 3), state, *taken, meta, torch.rand(4, 2), 3, *config, 0.7, 0.1)
     yield family.unroll_backward, window
     yield family.unroll_backward, (*window, torch.randn(3, 2, 3))
+    yield family.unroll_backward, (*window, None, torch.randn_like(state))
     lists: list[list[Tensor]] = [
         [torch.randn(2), torch.randn(3)],
         [torch.randn(2), torch.randn(3)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastl2o
 from fastl2o import _ops_reference, ops
@@ -104,6 +105,55 @@ def test_unroll_backward_of_given_upstream_gradients(case: RuleCase, backend: st
 
 @over_backends
 @over_small_rules
+@pytest.mark.parametrize("given", ["d_updates", "loss_weights"])
+def test_windows_chain_by_the_gradient_of_the_state_between_them(
+    case: RuleCase, backend: str, given: str
+) -> None:
+    """A window's gradients, from those of its two halves; the later half is the upstream."""
+    rule, lr, decay = case.make(), 0.7, 0.1
+    window = random_window(rule, steps=4)
+    grads, weights = window.grads, window.loss_weights
+    middle = window.state
+    for t in range(2):
+        middle = rule.reference_step(
+            grads[t], middle, window.step + t, rule.flat_parameters().detach()
+        )[1]
+    adjoints = weights.unsqueeze(2) * grads
+    for t in reversed(range(4)):
+        adjoints[t] += (1 - lr * decay) * adjoints[t + 1]
+    upstream: list[dict[str, Tensor]] = [
+        {"d_updates": lr * adjoints[1:3]},
+        {"d_updates": lr * adjoints[3:]},
+    ]
+    first = grads[:2]
+    if given == "loss_weights":
+        # The first half's last gradient and weight stand for all losses from there on.
+        first = torch.cat((grads[:2], adjoints[2:3]))
+        upstream = [
+            {"loss_weights": torch.cat((weights[:2], torch.ones_like(weights[:1])))},
+            {"loss_weights": weights[2:]},
+        ]
+    rates = {"lr": lr, "weight_decay": decay, "steps": 2}
+    with fastl2o.backend(backend):
+        d_late, d_middle = ops.unroll_backward(
+            rule, grads[2:], middle, step=window.step + 2, **upstream[1], **rates
+        )
+        d_early, d_state = ops.unroll_backward(
+            rule,
+            first,
+            window.state,
+            step=window.step,
+            d_last_state=d_middle,
+            **upstream[0],
+            **rates,
+        )
+    expected = autograd_unroll(rule, window, lr=lr, weight_decay=decay)
+    for ours, automatic in zip((d_early + d_late, d_state), expected, strict=True):
+        assert relative_error(ours, automatic) < 1e-5
+
+
+@over_backends
+@over_small_rules
 def test_unroll_backward_edge_windows(case: RuleCase, backend: str) -> None:
     """One step without the last gradient has no effect on any loss; no coordinates, no gradient."""
     rule = case.make()
@@ -127,10 +177,14 @@ def test_bad_windows_are_named() -> None:
             ops.unroll_backward(rule, grads, state, steps=3, **both)
     with pytest.raises(ValueError, match=r"d_updates: expected shape \(3, 2, 5\)"):
         ops.unroll_backward(rule, grads, state, steps=3, d_updates=grads)
+    with pytest.raises(ValueError, match=r"d_last_state: expected shape \(6, 2, 5\) like state's"):
+        ops.unroll_backward(rule, grads, state, weights, steps=3, d_last_state=state[1:])
     tensors = fastl2o.HierarchicalRule()
     levels = tensors.init_runs(torch.zeros(2, 5), (5,))
     with pytest.raises(ValueError, match="takes loss_weights only"):
         ops.unroll_backward(tensors, grads, levels, steps=3, d_updates=grads[:3])
+    with pytest.raises(ValueError, match="d_last_state: a rule of family 'hierarchical' takes"):
+        ops.unroll_backward(tensors, grads, levels, weights, steps=3, d_last_state=levels)
     with pytest.raises(ValueError, match="K = 5 or 6 for steps=5"):
         ops.unroll_backward(rule, grads, state, weights, steps=5)
     with pytest.raises(ValueError, match="grads: expected shape"):

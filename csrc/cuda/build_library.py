@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Machine code for 7.5 to 12.x, as 8.0's also runs on 8.6 and 8.9; PTX for 11.0 and what comes.
 CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0+PTX"
+TORCH_LIBRARIES = ("c10", "torch_cpu", "torch_cuda")
 
 
 def find_nvcc() -> str | None:
@@ -72,5 +73,28 @@ def build_library(
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(compiled, sources))
     library.parent.mkdir(parents=True, exist_ok=True)
-    # cudart is linked statically; torch's symbols come from the torch that loads the library.
-    subprocess.run([*common, "-shared", *objects, "-o", str(library)], check=True, cwd=ROOT)
+    # cudart is linked statically.
+    torch_libraries = stand_ins(common, temporary / "stand_ins")
+    subprocess.run(
+        [*common, "-shared", *objects, *torch_libraries, "-o", str(library)], check=True, cwd=ROOT
+    )
+
+
+def stand_ins(compiler: list[str], folder: Path) -> list[str]:
+    """Linker flags that bind a library to torch's libraries by their names.
+
+    The loader then finds those of the torch that is already loaded; without them it looks in none.
+    Torch's CPU builds, against which this can be built, have no libtorch_cuda: empty libraries
+    stand in for all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = folder / "empty.cpp"
+    empty.write_text("")
+    flags = [f"-L{folder.resolve()}", "-Xlinker", "--no-as-needed"]
+    for name in TORCH_LIBRARIES:
+        file = f"lib{name}.so"
+        soname = ["-Xlinker", f"-soname={file}"]
+        command = [*compiler, "-shared", *soname, str(empty), "-o", str(folder / file)]
+        subprocess.run(command, check=True, cwd=ROOT)
+        flags.append(f"-l{name}")
+    return flags

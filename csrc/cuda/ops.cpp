@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> unroll_backward(Tensor grads, Tensor state, int64_t f
                                            bool log_sign, double p, double eps, double scale,
                                            double beta1, double beta2, double lr,
                                            double weight_decay, std::optional<Tensor> d_updates,
-                                           bool fast) {
+                                           std::optional<Tensor> d_last_state, bool fast) {
   const RuleConfig config =
       make_config(rnnprop, hidden_size, num_layers, log_sign, p, eps, scale, beta1, beta2);
   const Call call = make_call(config, meta);
@@ -192,11 +192,12 @@ std::tuple<Tensor, Tensor> unroll_backward(Tensor grads, Tensor state, int64_t f
   call.check(state, ScalarType::Float, "state");
   call.check(loss_weights, ScalarType::Float, "loss_weights");
   if (d_updates.has_value()) call.check(*d_updates, ScalarType::Float, "d_updates");
+  if (d_last_state.has_value()) call.check(*d_last_state, ScalarType::Float, "d_last_state");
   Tensor d_meta = torch::stable::empty_like(meta);
   Tensor d_state = torch::stable::empty_like(state);
   const auto window =
       fastl2o::recorded_window(config, grads, state, double(first_step), loss_weights, steps, lr,
-                               weight_decay, d_updates, d_state, d_meta);
+                               weight_decay, d_updates, d_last_state, d_state, d_meta);
   run_window(call, config, meta, window, d_meta, fast);
   return {d_meta, d_state};
 }
@@ -229,7 +230,8 @@ STABLE_TORCH_LIBRARY(fastl2o_cuda, m) {
   m.def(
       "unroll_backward(Tensor grads, Tensor state, int first_step, Tensor meta, Tensor "
       "loss_weights, int steps, " FASTL2O_RULE
-      "float lr, float weight_decay, Tensor? d_updates, bool fast) -> (Tensor, Tensor)");
+      "float lr, float weight_decay, Tensor? d_updates, Tensor? d_last_state, bool fast) -> "
+      "(Tensor, Tensor)");
   m.def("supported(bool rnnprop, int hidden_size, int num_layers) -> bool");
 }
 

@@ -83,11 +83,13 @@ inline void check_recorded(const Tensor& grads, const Tensor& loss_weights, int6
 }
 
 // A window of recorded gradients (K, R, D); with d_updates (T, R, D), which takes the place of the
-// loss weights, dL/du_t is given outright.
+// loss weights, dL/du_t is given outright. d_last_state is that of the state after the window, zero
+// by default.
 inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
                                   const Tensor& state, double step, const Tensor& loss_weights,
                                   int64_t steps, double lr, double weight_decay,
-                                  const std::optional<Tensor>& d_updates, const Tensor& d_state,
+                                  const std::optional<Tensor>& d_updates,
+                                  const std::optional<Tensor>& d_last_state, const Tensor& d_state,
                                   const Tensor& d_meta) {
   check_recorded(grads, loss_weights, steps);
   UnrollArgs args;
@@ -111,6 +113,10 @@ inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
     args.d_update = floats(*d_updates);
   } else {
     args.loss_weights = floats(loss_weights);
+  }
+  if (d_last_state.has_value()) {
+    STD_TORCH_CHECK(has_shape(*d_last_state, state, 0), "d_last_state must have state's shape");
+    args.d_last_state = floats(*d_last_state);
   }
   args.d_meta = mutable_floats(d_meta);
   args.d_state = mutable_floats(d_state);

@@ -47,7 +47,12 @@ _SCHEDULE_KEYS: Keys = {
     "final": (int, float),
     "total": (int,),
 }
-_EVOLUTION_KEYS: Keys = {"unroll": (int, str), "sigma": (int, float), "objective": (str,)}
+_EVOLUTION_KEYS: Keys = {
+    "unroll": (int, str),
+    "sigma": (int, float),
+    "objective": (str,),
+    "held_out": (bool,),
+}
 ESTIMATORS: dict[str, tuple[Callable[..., Estimator], Keys]] = {
     "bptt": (
         TruncatedBPTT,
@@ -57,6 +62,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., Estimator], Keys]] = {
             "final_term": (bool,),
             "second_order": (bool,),
             "full_data": (bool,),
+            "held_out": (bool,),
+            "segments": (int, str),
         },
     ),
     "es": (ES, _EVOLUTION_KEYS),

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..rules import Rule
+from ..rules import CoordinateRule, Rule
 from . import objectives
 from ._checks import check_choice, check_number, check_type
+from ._segments import SegmentedWindow, least_memory
 from .tasks import Task, TaskRun
-from .unroll import Progress, run_window, start
+from .unroll import Progress, start
 
 __all__ = ["Estimator", "MetaGradient", "TruncatedBPTT", "unroll_gradient"]
 
@@ -43,6 +43,7 @@ class Estimator(ABC):
     Attributes:
         unroll: T, the inner steps of a window; None for a window as long as the horizon.
         objective: the meta-loss, one of ``objectives.OBJECTIVES``.
+        held_out: whether it is taken on data that the runs do not train on.
 
     Example:
         >>> from fastl2o import meta
@@ -53,6 +54,7 @@ class Estimator(ABC):
     kind: ClassVar[str]
     unroll: int | None
     objective: str
+    held_out: bool = False
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -73,6 +75,27 @@ class Estimator(ABC):
     def check_runs(self, runs: int) -> None:  # noqa: B027  (most take any number)
         """Refuse a number of runs that the estimator cannot use."""
 
+    def check_rule(self, rule: Rule) -> None:  # noqa: B027  (most take any rule)
+        """Refuse a rule that the estimator cannot differentiate."""
+
+    def check_task(self, task: Task) -> None:
+        """Refuse a task that holds out no data where the meta-loss is to be taken on such."""
+        if not self.held_out:
+            return
+        generator = torch.Generator().manual_seed(0)
+        try:
+            task.sample(1, generator).held_out(generator)
+        except ValueError as error:
+            raise ValueError(f"held_out=True, and {task!r}: {error}") from error
+
+    def check_held_out(self, progress: Progress) -> None:
+        """Refuse runs whose losses are not measured on the data that the meta-loss is of."""
+        if self.held_out != (progress.held_out is not None):
+            raise TypeError(
+                f"progress was started with held_out={not self.held_out}, and the estimator has "
+                f"held_out={self.held_out}; start the runs by its begin(rule, run)"
+            )
+
     def sample(
         self, task: Task, runs: int, generator: torch.Generator, dtype: torch.dtype
     ) -> TaskRun:
@@ -81,7 +104,7 @@ class Estimator(ABC):
 
     def begin(self, rule: Rule, run: TaskRun) -> Progress:
         """Start the runs that ``sample`` drew."""
-        return start(rule, run)
+        return start(rule, run, held_out=self.held_out)
 
     def window_steps(self, steps: int | None) -> int:
         """``steps``, or else ``unroll``."""
@@ -120,6 +143,15 @@ class TruncatedBPTT(Estimator):
         full_data: whether f is the loss on all of a task's data, as the hierarchical rule's authors
             have it; the rule still sees gradients of minibatches. Then f's gradients are no longer
             those that the rule saw anyway: this always takes the autograd path.
+        held_out: whether f is the loss on minibatches of data that the runs do not train on (with
+            ``full_data``, on all of that data), for rules that train models which generalise. Its
+            gradients are taken besides those that the rule sees: a window takes twice the
+            evaluations and the memory. Rules whose coordinates talk to each other take the autograd
+            path then.
+        segments: keep no more of a window's gradients at a time than those of one of as many
+            segments; of the others only the beginnings are kept, and their steps are taken again.
+            ``"auto"`` is the number that takes the least memory, which then grows by the square
+            root of ``unroll``. The gradient is the same but for rounding. For the fused path.
 
     Example:
         >>> import fastl2o
@@ -141,6 +173,8 @@ class TruncatedBPTT(Estimator):
         path: str = "fused",
         second_order: bool = False,
         full_data: bool = False,
+        held_out: bool = False,
+        segments: int | str = 1,
     ) -> None:
         if unroll is not None:
             check_number("unroll", unroll, minimum=1, integer=True)
@@ -151,10 +185,23 @@ class TruncatedBPTT(Estimator):
         self.unroll, self.objective, self.final_term = unroll, objective, bool(final_term)
         self.path = "autograd" if second_order or full_data else path
         self.second_order, self.full_data = bool(second_order), bool(full_data)
+        self.held_out, self.segments = bool(held_out), segments
+        if isinstance(segments, str):
+            check_choice("segments", segments, ("auto",))
+        else:
+            check_number("segments", segments, minimum=1, integer=True)
+        if segments != 1 and self.path == "autograd":
+            raise ValueError(
+                f"segments={segments!r} is for the fused path; second_order, full_data and "
+                "path='autograd' keep whole graphs: use segments=1"
+            )
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        names = ("unroll", "objective", "final_term", "path", "second_order", "full_data")
+        names = [
+            *("unroll", "objective", "final_term", "path"),
+            *("second_order", "full_data", "held_out", "segments"),
+        ]
         return {name: getattr(self, name) for name in names}
 
     def window(
@@ -168,27 +215,31 @@ class TruncatedBPTT(Estimator):
     ) -> MetaGradient:
         """See ``Estimator.window``."""
         steps = self.window_steps(steps)
-        if self.path == "autograd":
+        self.check_rule(rule)
+        self.check_held_out(progress)
+        needs_autograd = self.held_out and not isinstance(rule, CoordinateRule)
+        if self.path == "autograd" or needs_autograd:
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
-        window = run_window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
-        loss = self.meta_loss(window.losses, progress.first_losses)
-        sizes = progress.run.tensor_sizes
-        weights = self.loss_weights(window.losses, progress.first_losses)
-        weights /= progress.run.gradient_share
-        gradient, d_state = ops.unroll_backward(
-            rule,
-            window.grads,
-            window.state,
-            weights,
-            steps=steps,
-            step=window.step,
-            lr=lr,
-            weight_decay=weight_decay,
-            sizes=sizes,
-        )
-        if rule.learned_start and window.step == 0:
-            gradient = gradient + rule.start_gradient(d_state, sizes)
-        return MetaGradient(loss, gradient, window.losses)
+        segments, first = self.segments, progress.step == 0
+        if isinstance(segments, str):
+            segments = least_memory(progress, steps)
+        segments = max(1, min(segments, steps))
+        window = SegmentedWindow(rule, progress, steps, segments, lr, weight_decay)
+        losses = window.forward()
+        loss = self.meta_loss(losses, progress.first_losses)
+        weights = self.loss_weights(losses, progress.first_losses)
+        gradient, d_state = window.backward(weights)
+        if rule.learned_start and first:
+            gradient = gradient + rule.start_gradient(d_state, progress.run.tensor_sizes)
+        return MetaGradient(loss, gradient, losses)
+
+    def check_rule(self, rule: Rule) -> None:
+        """See ``Estimator.check_rule``."""
+        if self.segments != 1 and not isinstance(rule, CoordinateRule):
+            raise ValueError(
+                f"segments={self.segments!r} is for rules whose coordinates do not talk to each "
+                f"other, and this one is of family {rule.family!r}; use segments=1"
+            )
 
     def meta_loss(self, losses: Tensor, first_losses: Tensor) -> Tensor:
         """The meta-loss, 0-dim, of ``losses (T + 1, R)`` and the runs' first losses ``(R,)``."""
@@ -202,9 +253,11 @@ class TruncatedBPTT(Estimator):
         self, rule: Rule, progress: Progress, steps: int, lr: float, weight_decay: float
     ) -> MetaGradient:
         meta = rule.flat_parameters().detach().requires_grad_()
-        run, everything = progress.run, progress.run.full_batch()
+        run = progress.run
+        measured = run if progress.held_out is None else progress.held_out
+        everything = measured.full_batch()
         if self.full_data and progress.step == 0:
-            progress.first_losses = run.losses(progress.params, everything)
+            progress.first_losses = measured.losses(progress.params, everything)
             progress.losses = progress.first_losses.clone()
         params, state, grads = progress.params.clone(), progress.state, progress.grads
         losses, sizes = [progress.losses], run.tensor_sizes
@@ -223,8 +276,12 @@ class TruncatedBPTT(Estimator):
                 # Not by autograd, which knows nothing of noise that a task adds to gradients.
                 grads = run.loss_and_grad(params.detach(), batch)[1]
                 loss = params.new_empty(0)
-            if self.full_data or not self.second_order:
-                loss = run.losses(params, everything if self.full_data else batch)
+            if self.full_data:
+                loss = measured.losses(params, everything)
+            elif self.held_out:
+                loss = measured.losses(params, measured.next_batch())
+            elif not self.second_order:
+                loss = run.losses(params, batch)
             losses.append(loss)
         all_losses = torch.stack(losses)
         meta_loss = self.meta_loss(all_losses, progress.first_losses)
@@ -281,5 +338,6 @@ def unroll_gradient(
     check_type("estimator", estimator, TruncatedBPTT, "TruncatedBPTT(unroll=20)")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         check_number(name, value, minimum=0)
-    result = estimator.window(rule, start(rule, task_run), steps, lr=lr, weight_decay=weight_decay)
+    progress = estimator.begin(rule, task_run)
+    result = estimator.window(rule, progress, steps, lr=lr, weight_decay=weight_decay)
     return rule.unflatten(result.gradient), result.losses

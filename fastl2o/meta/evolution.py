@@ -36,6 +36,9 @@ class _PairedRun(WrappedRun):
         losses, grads = zip(*pairs, strict=True)
         return torch.cat(losses), torch.cat(grads)
 
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        return _PairedRun(self.inner.held_out(generator))
+
     def state_dict(self) -> dict[str, Any]:
         return {"inner": self.inner.state_dict()}
 
@@ -67,6 +70,7 @@ class ES(Estimator):
             the first one stood (as truncated ES is biased towards short horizons, see ``PES``).
         sigma: standard deviation of the disturbance of each meta-parameter.
         objective: the meta-loss, see ``objectives.per_run``; it is not differentiated.
+        held_out: whether f is taken on minibatches of data that the runs do not train on.
 
     Example:
         >>> import fastl2o
@@ -84,17 +88,23 @@ class ES(Estimator):
     persistent = False
 
     def __init__(
-        self, unroll: int | None = None, sigma: float = 0.01, objective: str = "log"
+        self,
+        unroll: int | None = None,
+        sigma: float = 0.01,
+        objective: str = "log",
+        held_out: bool = False,
     ) -> None:
         if unroll is not None:
             check_number("unroll", unroll, minimum=1, integer=True)
         check_number("sigma", sigma, minimum=0, exclusive=True)
         check_choice("objective", objective, tuple(objectives.OBJECTIVES))
         self.unroll, self.sigma, self.objective = unroll, float(sigma), objective
+        self.held_out = bool(held_out)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        return {"unroll": self.unroll, "sigma": self.sigma, "objective": self.objective}
+        names = ("unroll", "sigma", "objective", "held_out")
+        return {name: getattr(self, name) for name in names}
 
     def check_runs(self, runs: int) -> None:
         """Refuse an odd number: runs come in pairs."""
@@ -120,7 +130,7 @@ class ES(Estimator):
             )
         # What is random about a state is the same for both runs of a pair.
         state = rule.init_runs(run.inner.params, run.tensor_sizes, run.generator)
-        progress = start(rule, run, _twice(state, rule.runs_axis))
+        progress = start(rule, run, _twice(state, rule.runs_axis), held_out=self.held_out)
         seed = int(torch.randint(2**62, (), generator=run.generator))
         progress.perturbations = Perturbations(seed)
         return progress
@@ -138,6 +148,7 @@ class ES(Estimator):
         steps, noise = self.window_steps(steps), progress.perturbations
         if noise is None:
             raise TypeError(f"progress was not started by {type(self).__name__}.begin")
+        self.check_held_out(progress)
         center = rule.flat_parameters().detach()
         pairs = progress.params.shape[0] // 2
         drawn = noise.noise(noise.windows, pairs, len(center)).to(center)
@@ -174,20 +185,27 @@ class PES(ES):
         unroll: T, the inner steps of a window.
         sigma: standard deviation of the disturbance of each meta-parameter in each window.
         objective: ``"log"`` or ``"sum"``.
+        held_out: as for ``ES``.
 
     Example:
         >>> from fastl2o import meta
         >>> meta.PES(unroll=10, sigma=0.02)
-        PES(unroll=10, sigma=0.02, objective='log')
+        PES(unroll=10, sigma=0.02, objective='log', held_out=False)
     """
 
     kind = "pes"
     persistent = True
 
-    def __init__(self, unroll: int = 20, sigma: float = 0.01, objective: str = "log") -> None:
+    def __init__(
+        self,
+        unroll: int = 20,
+        sigma: float = 0.01,
+        objective: str = "log",
+        held_out: bool = False,
+    ) -> None:
         check_number("unroll", unroll, minimum=1, integer=True)
         check_choice("objective", objective, ("log", "sum"))
-        super().__init__(unroll, sigma, objective)
+        super().__init__(unroll, sigma, objective, held_out)
 
 
 def _follow_first(rule: Rule, progress: Progress) -> None:

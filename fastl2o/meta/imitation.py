@@ -152,9 +152,7 @@ class Imitation:
                 )
             else:
                 progress.params.add_(target)
-            loss, progress.grads = progress.run.loss_and_grad(
-                progress.params, progress.run.next_batch()
-            )
+            loss, progress.grads = progress.evaluate()
             losses.append(loss)
         units = [self.rate(progress.step + t + 1) if self.relative else 1.0 for t in range(steps)]
         misfit, gradient = _misfit_gradient(

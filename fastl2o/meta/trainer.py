@@ -144,6 +144,9 @@ class MetaTrainer:
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         check_type("estimator", self.estimator, Estimator, "TruncatedBPTT(unroll=20)")
         self.estimator.check_runs(runs)
+        self.estimator.check_rule(rule)
+        for task in self.tasks:
+            self.estimator.check_task(task)
         self.horizon: Horizon = as_horizon(horizon)
         unroll = self.estimator.unroll if unroll is None else unroll
         self.unroll = None if unroll is None else as_horizon(unroll, "unroll")
@@ -383,9 +386,8 @@ class MetaTrainer:
         if self._started or self.checkpoint_dir is None:
             return
         # The first process's word counts: another may look before that one has written.
-        saved = self._ranks.agree(
-            load_checkpoint(self.checkpoint_dir) if self._ranks.main else None
-        )
+        found = load_checkpoint(self.checkpoint_dir) if self._ranks.main else None
+        saved = self._ranks.agree(found)
         if saved is not None:
             try:
                 self.load_state_dict(saved)

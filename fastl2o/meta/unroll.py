@@ -21,6 +21,7 @@ from .. import ops
 from ..rules import HierarchicalRule
 from ._checks import check_number
 from ._saved import check_tensor
+from .tasks._base import fork_generator
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -85,10 +86,11 @@ class Progress:
         state: the rule's state, as ``rule.init_runs`` lays it out (``(S, R, D)`` for rules whose
             coordinates do not talk to each other), stepped in place.
         step: number of inner steps taken.
-        losses: f at ``params`` ``(R,)``; with ``grads`` the evaluation that the next step uses.
-        grads: gradient at ``params`` ``(R, D)``.
+        losses: f at ``params`` ``(R,)``.
+        grads: gradient at ``params`` ``(R, D)`` that the next step uses.
         first_losses: f at the initial parameters ``(R,)``.
         perturbations: of the meta-parameters, where the estimator disturbs them.
+        held_out: the same runs on held-out data, where f is measured on that.
 
     Example:
         >>> import fastl2o, torch
@@ -109,14 +111,30 @@ class Progress:
     grads: Tensor
     first_losses: Tensor
     perturbations: Perturbations | None = None
+    held_out: TaskRun | None = None
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """f ``(R,)`` and the next step's gradient ``(R, D)``, on minibatches drawn anew."""
+        losses, grads = self.run.loss_and_grad(self.params, self.run.next_batch())
+        if self.held_out is not None:
+            with torch.no_grad():
+                losses = self.held_out.losses(self.params, self.held_out.next_batch())
+        return losses, grads
+
+    def generators(self) -> list[torch.Generator]:
+        """All that ``evaluate`` draws from."""
+        apart = [] if self.held_out is None else self.held_out.generators()
+        return [*self.run.generators(), *apart]
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         names = ("params", "state", "step", "losses", "grads", "first_losses")
-        noise = self.perturbations
+        noise, apart = self.perturbations, self.held_out
         return {
             "run": self.run.state_dict(),
             "perturbations": None if noise is None else [noise.seed, noise.windows, noise.steps],
+            # All else of it is the run's.
+            "held_out": None if apart is None else apart.generator.get_state(),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -131,9 +149,12 @@ class Progress:
         names = ("params", "state", "losses", "grads", "first_losses")
         for name in names:
             check_tensor(name, saved[name], getattr(like, name))
-        noise = saved["perturbations"]
+        noise, held_out = saved["perturbations"], None
+        if saved["held_out"] is not None:
+            held_out = run.held_out(torch.Generator().set_state(saved["held_out"]))
         return cls(
             run=run,
+            held_out=held_out,
             step=saved["step"],
             perturbations=None if noise is None else Perturbations.parsed(noise, saved["step"]),
             **{name: saved[name].clone() for name in names},
@@ -153,13 +174,16 @@ class Window(NamedTuple):
         (torch.Size([6, 2, 3]), 0)
     """
 
-    grads: Tensor  # (T + 1, R, D): g_0 .. g_T
+    grads: Tensor  # (T + 1, R, D): g_0 .. g_T, which the rule sees
     losses: Tensor  # (T + 1, R): f_0 .. f_T
     state: Tensor  # the rule's state before the window, as rule.init_runs lays it out
     step: int  # inner steps taken before the window
+    held_out_grads: Tensor | None = None  # (T, R, D): of f_1 .. f_T, where f is on held-out data
 
 
-def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
+def start(
+    rule: Rule, run: TaskRun, state: Tensor | None = None, *, held_out: bool = False
+) -> Progress:
     """Begin the runs: initial state, and the first evaluation at the initial parameters.
 
     What is random about the state follows from the run's generator, which it leaves as it is.
@@ -168,6 +192,11 @@ def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
         rule: the rule that will step them.
         run: what they train.
         state: to start from in place of ``rule.init_runs``.
+        held_out: measure f on minibatches of held-out data; they are drawn from a generator of
+            their own, seeded by the run's.
+
+    Raises:
+        ValueError: with ``held_out``, if the run's task holds out no data.
 
     Example:
         >>> import fastl2o, torch
@@ -181,7 +210,12 @@ def start(rule: Rule, run: TaskRun, state: Tensor | None = None) -> Progress:
     if state is None:
         state = rule.init_runs(params, run.tensor_sizes, run.generator)
     losses, grads = run.loss_and_grad(params, run.next_batch())
-    return Progress(run, params, state, 0, losses, grads, losses.clone())
+    apart = None
+    if held_out:
+        apart = run.held_out(fork_generator(run.generator))
+        with torch.no_grad():
+            losses = apart.losses(params, apart.next_batch())
+    return Progress(run, params, state, 0, losses, grads, losses.clone(), held_out=apart)
 
 
 def run_window(
@@ -213,14 +247,16 @@ def run_window(
     grads = params.new_empty((steps + 1, *params.shape))
     losses = progress.losses.new_empty((steps + 1, params.shape[0]))
     grads[0], losses[0] = progress.grads, progress.losses
-    window = Window(grads, losses, state.clone(), progress.step)
-    sizes = progress.run.tensor_sizes
+    run, apart = progress.run, progress.held_out
+    of_losses = None if apart is None else params.new_empty((steps, *params.shape))
+    window = Window(grads, losses, state.clone(), progress.step, of_losses)
     with torch.no_grad():
         for t in range(steps):
-            step_runs(rule, params, grads[t], state, progress.step + t, sizes, lr, weight_decay)
-            losses[t + 1], grads[t + 1] = progress.run.loss_and_grad(
-                params, progress.run.next_batch()
-            )
+            taken = progress.step + t
+            step_runs(rule, params, grads[t], state, taken, run.tensor_sizes, lr, weight_decay)
+            losses[t + 1], grads[t + 1] = run.loss_and_grad(params, run.next_batch())
+            if apart is not None and of_losses is not None:
+                losses[t + 1], of_losses[t] = apart.loss_and_grad(params, apart.next_batch())
     progress.step += steps
     progress.losses, progress.grads = losses[steps].clone(), grads[steps].clone()
     return window
@@ -230,24 +266,24 @@ def roll(
     rule: Rule,
     progress: Progress,
     steps: int,
-    meta: Tensor,
+    meta: Tensor | None = None,
     *,
     lr: float = 1.0,
     weight_decay: float = 0.0,
 ) -> Tensor:
-    """Advance ``progress`` by ``steps``, in place, each run by a row of meta-parameters of its own.
+    """Advance ``progress`` by ``steps``, in place, and record the losses alone.
 
     Args:
-        rule: its config says what is computed, not its meta-parameters.
+        rule: the rule that takes the steps.
         progress: where the runs stand; advanced in place.
         steps: T, at least 1.
-        meta: ``(R, M)``, flat meta-parameters of each run.
+        meta: ``(R, M)``, flat meta-parameters of each run in place of the rule's.
         lr, weight_decay: theta' = (1 - lr * weight_decay) * theta + lr * u.
 
     Returns:
         The losses ``(T + 1, R)``, f_0 .. f_T. Gradients are not kept.
     """
-    apart = not isinstance(rule, HierarchicalRule)
+    apart = meta is not None and not isinstance(rule, HierarchicalRule)
     # A run's planes lie together while it is stepped by meta-parameters of its own.
     state = progress.state.transpose(0, 1).contiguous() if apart else progress.state
     losses, grads = [progress.losses], progress.grads
@@ -256,7 +292,7 @@ def roll(
         for t in range(steps):
             taken = progress.step + t
             step_runs(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
-            loss, grads = progress.run.loss_and_grad(progress.params, progress.run.next_batch())
+            loss, grads = progress.evaluate()
             losses.append(loss)
     if apart:
         progress.state.copy_(state.transpose(0, 1))

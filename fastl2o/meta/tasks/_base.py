@@ -87,6 +87,20 @@ class TaskRun(ABC):
         """The batch of all data, in place of a drawn one; for ``losses`` only."""
         return ()
 
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        """The same runs on data that they do not train on, to measure their losses by.
+
+        Problem and parameters are this run's, whose tensors it may share; minibatches are drawn
+        from ``generator``. Nothing is added to its gradients, and none are left out.
+
+        Raises:
+            ValueError: if there is no such data.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} has no data besides what it trains on; held-out losses need "
+            "a task on images, signals or text with split='meta_train'"
+        )
+
     @abstractmethod
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         """Losses ``(R,)`` at ``params (R, D)``, differentiable."""
@@ -94,6 +108,10 @@ class TaskRun(ABC):
     @abstractmethod
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
+
+    def generators(self) -> list[torch.Generator]:
+        """All generators that batches are drawn from, for drawing the same ones again."""
+        return [self.generator]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and generator state, enough to continue with the same bits."""

@@ -6,7 +6,7 @@ import os
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,13 @@ from torch import Tensor
 from .._checks import check_choice, check_number
 from ._signals import CLASSES, LENGTH, draw_signals
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = [
     "DATA_VARIABLE",
     "Images",
+    "check_held_out",
     "check_split",
     "data_name",
     "find_mnist",
@@ -69,6 +73,21 @@ def check_split(split: str, fraction: float) -> None:
     check_number("fraction", fraction, minimum=0, exclusive=True)
     if fraction >= 1:
         raise ValueError(f"fraction must lie between 0 and 1 (both excluded), got {fraction!r}")
+
+
+class _OnSplit(Protocol):
+    def held_out(self) -> Self: ...
+
+
+_Task = TypeVar("_Task", bound=_OnSplit)
+
+
+def check_held_out(task: _Task) -> _Task:
+    """The task on the data that it holds out, or a refusal where it holds out none."""
+    held_out = task.held_out()
+    if held_out is task:
+        raise ValueError(f"{task!r} holds out no data; give it split='meta_train'")
+    return held_out
 
 
 def train_part(count: int, split: str, fraction: float, what: str) -> slice:

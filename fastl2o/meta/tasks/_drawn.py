@@ -30,6 +30,9 @@ class _DrawnRun(WrappedRun):
         super().__init__(inner, inner.tensors, inner.generator)
         self.family, self.draw = family, draw
 
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        return self.inner.held_out(generator)
+
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params, batch)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_number
 from ._base import Batch, FunctionRun, Task
-from ._data import Images, check_split, load_images, train_part
+from ._data import Images, check_held_out, check_split, load_images, train_part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,6 +77,10 @@ class ImageRun(FunctionRun):
 
     def full_batch(self) -> Batch:
         return (torch.arange(len(self.labels)).expand(self.num_runs, -1),)
+
+    def held_out(self, generator: torch.Generator) -> Self:
+        # A twin's replaced image is one of the training set.
+        return type(self)(check_held_out(self.task), {"params": self.params}, generator)
 
     def gather(self, batch: Batch) -> Batch:
         (indices,) = batch

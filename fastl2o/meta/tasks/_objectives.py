@@ -39,6 +39,9 @@ class _ChangedGradientRun(_ChangedRun):
     def full_batch(self) -> Batch:
         return (torch.empty(0), *self.inner.full_batch())
 
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        return self.inner.held_out(generator)
+
 
 class _NoisyRun(_ChangedGradientRun):
     def next_batch(self) -> Batch:
@@ -207,6 +210,12 @@ class _SumRun(TaskRun):
 
     def full_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.full_batch())
+
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator, *(g for part in self.parts for g in part.generators())]
+
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        return _SumRun([part.held_out(generator) for part in self.parts], generator)
 
     def _split(self, params: Tensor, batch: Batch) -> list[tuple[TaskRun, Tensor, Batch]]:
         pieces = params.split([part.dim for part in self.parts], dim=1)

@@ -11,14 +11,17 @@ from bisect import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_number, check_seed
 from ._base import Batch, BatchedRun, Task
-from ._data import check_split, train_part
+from ._data import check_held_out, check_split, train_part
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ALPHABET", "TextRun", "TextTask", "draw_text", "load_text"]
 
@@ -132,7 +135,7 @@ class TextTask(Task):
         names = ("length", "batch_size", "language", "split", "fraction")
         return {name: getattr(self, name) for name in names}
 
-    def held_out(self) -> Task:
+    def held_out(self) -> Self:
         """The same task on text that meta-training does not see, if it is on ``"meta_train"``."""
         return self.with_options(split="meta_valid") if self.split == "meta_train" else self
 
@@ -172,6 +175,9 @@ class TextRun(BatchedRun):
         # Windows side by side predict every character once.
         places = torch.arange(0, len(self.windows), self.task.length)
         return (places.expand(self.num_runs, -1),)
+
+    def held_out(self, generator: torch.Generator) -> Self:
+        return type(self)(check_held_out(self.task), {"params": self.params}, generator)
 
     def gather(self, batch: Batch) -> Batch:
         (places,) = batch

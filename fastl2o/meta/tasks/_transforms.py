@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,14 @@ class WrappedRun(TaskRun):
 
     def full_batch(self) -> Batch:
         return self.inner.full_batch()
+
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator, *self.inner.generators()]
+
+    def held_out(self, generator: torch.Generator) -> TaskRun:
+        other = copy.copy(self)
+        other.inner, other.generator = self.inner.held_out(generator), generator
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self.inner.state_dict()}
