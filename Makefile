@@ -5,9 +5,10 @@
 #   make test-torch   torch's own optimizer test machinery over fastl2o's optimizers (about two minutes)
 #   make test-sanitize   the kernels' tests under AddressSanitizer and UBSan (about ten minutes)
 #   make fuzz     100,000 damaged files and states (about ten minutes)
-#   make build    the compiled parts in place        make bench            microbenchmarks
+#   make build    the compiled parts in place        make bench            microbenchmarks and suite
 #   make lint     checks of the sources              make format           rewrites them
 #   make docs     the manual as a site, in site/        make examples  Lightning, Accelerate, Trainer
+#   make examples-timm   timm, in an environment of its own (its torchvision takes gigabytes)
 #   make wheel    sdist and one abi3 wheel in dist/  make clean            removes what was built
 #
 # Settings: PYTHON=python3.12, VENV=.venv, PIP_ARGS="--index-url ..." (for example PyTorch's index of CPU
@@ -32,7 +33,7 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 
 export FASTL2O_WERROR := 1
 
-.PHONY: demo test test-torch test-sanitize fuzz build bench lint format types docs examples wheel clean
+.PHONY: demo test test-torch test-sanitize fuzz build bench lint format types docs examples examples-timm wheel clean
 
 demo: $(DEMO_STAMP) $(OPS_STAMP)
 	$(BIN)/fastl2o demo
@@ -67,6 +68,7 @@ build: $(OPS_STAMP) $(CORE_STAMP)
 
 bench: $(DEV_STAMP) build
 	$(BIN)/fastl2o bench
+	$(PY) -m bench.suite
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -85,6 +87,15 @@ format: $(DEV_STAMP)
 examples: $(DEV_STAMP) $(OPS_STAMP)
 	FASTL2O_CPP=0 $(PIP) --no-build-isolation -e ".[examples]"
 	$(PY) -m pytest $(PYTEST_ARGS) tests/test_examples.py
+
+# In an environment of its own: timm needs torchvision, whose builds go with other builds of torch
+# than the one that the Makefile pins.
+TIMM_VENV ?= .venv-timm
+examples-timm:
+	$(PYTHON) -m venv $(TIMM_VENV)
+	$(TIMM_VENV)/bin/python -m pip install $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja
+	$(TIMM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-build-isolation ".[examples-timm,test]"
+	cd examples && ../$(TIMM_VENV)/bin/python -m pytest -p no:cacheprovider -k timm ../tests/test_examples.py
 
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -67,17 +67,17 @@ class CompiledRule(HierarchicalRule):
     reference_finish = torch.compile(HierarchicalRule.reference_finish, fullgraph=True)
 
 
-def compiled(rule: HierarchicalRule) -> Problem:
+def compiled(rule: HierarchicalRule, size: int = 20_000, count: int = 50) -> Problem:
     """The eager contender with a compiled rule, already compiled."""
     twin = CompiledRule()
     twin.load_state_dict(rule.state_dict())
-    problem = Problem(twin, 20_000, 50)
+    problem = Problem(twin, size, count)
     with warnings.catch_warnings():
         # torch's own warnings while it compiles are none of this benchmark's.
         warnings.simplefilter("ignore")
         for _ in range(3):
             problem.eager()
-    plain = Problem(rule, 20_000, 50)
+    plain = Problem(rule, size, count)
     for _ in range(3):
         plain.eager()
     error = max(

@@ -105,12 +105,15 @@ def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
     if not (
         isinstance(state_dict["state"], Mapping)
         and isinstance(saved_groups, Sequence)
-        and all(isinstance(group, Mapping) and "params" in group for group in saved_groups)
+        and all(
+            isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+            for group in saved_groups
+        )
         and all(isinstance(entry, Mapping) for entry in state_dict["state"].values())
     ):
         raise ValueError(
             "loaded state dict is malformed: 'state' must map parameter ids to dictionaries, "
-            "'param_groups' must be a list of dictionaries with 'params'"
+            "'param_groups' must be a list of dictionaries with a list of 'params'"
         )
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]

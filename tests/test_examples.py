@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
     "accelerate_digits": ("accelerate", 60),
     "lightning_digits": ("lightning", 60),
+    "timm_digits": ("timm", 100),
     "transformers_sequences": ("transformers", 100),
 }
 
@@ -27,8 +28,9 @@ def test_every_example_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", NEEDS)
 def test_an_example_trains(name: str, tmp_path: Path) -> None:
     library, steps = NEEDS[name]
+    extra = "examples-timm" if library == "timm" else "examples"
     if find_spec(library) is None:
-        pytest.skip(f"{library} is not installed: pip install 'fastl2o[examples]', make examples")
+        pytest.skip(f"{library} is not installed: pip install 'fastl2o[{extra}]', make {extra}")
     ran = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", str(steps)],
         capture_output=True,

@@ -259,6 +259,20 @@ def test_cuda_library_is_built_and_depends_on_the_stable_abi_only() -> None:
     assert not [s for s in symbols if re.match(r"_?Py[A-Z_]|cuda[A-Z]|cu[A-Z]", s)]
 
 
+@needs_nvcc
+def test_cuda_library_is_bound_to_torchs_libraries() -> None:
+    """Or the loader looks for torch's symbols in no library, and the CUDA kernels never load."""
+    readelf = shutil.which("readelf")
+    library = Path(fastl2o.__file__).parent / "_C_cuda.abi3.so"
+    if readelf is None or not library.exists():
+        pytest.skip("needs readelf (binutils), and the library that FASTL2O_CUDA=0 leaves out")
+    dynamic = subprocess.run(
+        [readelf, "-d", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert {"libc10.so", "libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
+
+
 def test_ops_have_cuda_kernels_registered() -> None:
     for name in ("step_", "step", "step_backward", "unroll_backward"):
         for family in ("lstm", "rnnprop"):

@@ -1,0 +1,1 @@
+"""The benchmark suite: ``python -m bench.suite`` writes ``bench/reports/suite.*`` and plots."""
