@@ -83,7 +83,7 @@ class Hierarchical(_NamedOptimizer):
     """The hierarchical optimizer (arXiv 1703.04813) with shipped meta-parameters.
 
     Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
-    ``"hierarchical-small"``, and is keyword-only: another rule of the family "hierarchical", its
+    ``"hierarchical"``, and is keyword-only: another rule of the family "hierarchical", its
     name or path. ``seed`` decides the parameters' initial learning rates.
 
     Example:
@@ -97,4 +97,4 @@ class Hierarchical(_NamedOptimizer):
     """
 
     family = "hierarchical"
-    shipped = "hierarchical-small"
+    shipped = "hierarchical"

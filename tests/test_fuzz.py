@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastl2o import meta
+from fastl2o import LearnedOptimizer, RNNPropRule, meta
 from fastl2o.meta.checkpoint import CHECKPOINT, CheckpointWriter, load_checkpoint
 from tests.fuzz.targets import TARGETS, attempt
 from tests.test_meta_trainer import small_trainer
@@ -60,3 +60,57 @@ def test_a_damaged_training_state_is_refused_and_changes_nothing(damage: str) ->
     assert trainer.outer_step == 0
     trainer.load_state_dict(source.state_dict())
     assert trainer.fit(3).outer_steps == 3
+
+
+def _first(state: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = state["state"][0]
+    return found
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "planes without data": (
+        lambda s: _first(s).update(planes=_first(s)["planes"].to("meta")),
+        "parameter 0 of group 0.*'planes' as a torch.strided tensor on meta",
+    ),
+    "a step without data": (
+        lambda s: _first(s).update(step=torch.zeros((), device="meta")),
+        "parameter 0 of group 0.*'step' as a torch.strided tensor on meta",
+    ),
+    "sparse planes": (
+        lambda s: _first(s).update(planes=_first(s)["planes"].to_sparse()),
+        "parameter 0 of group 0.*'planes' as a torch.sparse_coo tensor",
+    ),
+    "params that are lists": (lambda s: s["param_groups"][0].update(params=[[0]]), r"\[0\] in"),
+    "params that are none": (
+        lambda s: s["param_groups"][0].update(params=0.5),
+        "a list of 'params'",
+    ),
+    "a flag that is a tensor": (
+        lambda s: s["param_groups"][0].update(maximize=torch.zeros(2)),
+        "group 0.*Invalid maximize: tensor",
+    ),
+    "a flag that is text": (
+        lambda s: s["param_groups"][0].update(foreach="x"),
+        "Invalid foreach: 'x'",
+    ),
+    "a config that is a tensor": (
+        lambda s: s["param_groups"][0]["rule"].update(config=torch.zeros(3)),
+        "made by a rule of config",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_a_damaged_optimizer_state_is_refused_and_changes_nothing(damage: str) -> None:
+    param = torch.zeros(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = LearnedOptimizer([param], RNNPropRule(2, 1))
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    change, message = STATES[damage]
+    change(state)
+    before, values = optimizer.state[param]["planes"].clone(), param.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[param]["planes"], before)
+    assert torch.equal(param.detach(), values)

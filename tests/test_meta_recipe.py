@@ -96,6 +96,8 @@ def mnist(tmp_path: Path) -> Path:
         "hierarchical-small-start",
         "hierarchical-small-middle",
         "hierarchical-small",
+        "hierarchical-start",
+        "hierarchical",
     ],
 )
 def test_committed_recipes_build(name: str, mnist: Path) -> None:

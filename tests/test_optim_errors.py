@@ -287,31 +287,6 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[list[Tensor]], dict[str, Any]], str]]
     "no planes": (_edit(lambda sd: sd["state"][4].pop("planes")), "parameter 4 of group 0.*planes"),
     "no step": (_edit(lambda sd: sd["state"][4].pop("step")), "parameter 4 of group 0.*no 'step'"),
     "step": (_edit(lambda sd: sd["state"][4].update(step=-1.0)), "parameter 4.*impossible 'step'"),
-    "meta planes": (
-        _edit(lambda sd: sd["state"][4].update(planes=sd["state"][4]["planes"].to("meta"))),
-        "parameter 4 of group 0.*'planes' as a torch.strided tensor on meta",
-    ),
-    "meta step": (
-        _edit(lambda sd: sd["state"][4].update(step=torch.zeros((), device="meta"))),
-        "parameter 4 of group 0.*'step' as a torch.strided tensor on meta",
-    ),
-    "sparse planes": (
-        _edit(lambda sd: sd["state"][4].update(planes=sd["state"][4]["planes"].to_sparse())),
-        "parameter 4 of group 0.*'planes' as a torch.sparse_coo tensor",
-    ),
-    "params": (_edit(lambda sd: sd["param_groups"][0]["params"].__setitem__(0, [0])), r"\[0\] in"),
-    "maximize": (
-        _edit(lambda sd: sd["param_groups"][0].update(maximize=torch.zeros(2))),
-        "group 0.*Invalid maximize: tensor",
-    ),
-    "foreach": (
-        _edit(lambda sd: sd["param_groups"][0].update(foreach="x")),
-        "Invalid foreach: 'x'",
-    ),
-    "config of tensors": (
-        _edit(lambda sd: sd["param_groups"][0]["rule"].update(config=torch.zeros(3))),
-        "made by a rule of config",
-    ),
     "lr": (_edit(lambda sd: sd["param_groups"][0].update(lr=-1.0)), "group 0.*Invalid lr: -1"),
     "rule": (_edit(lambda sd: sd["param_groups"][0].update(rule=5)), "unreadable rule: 5"),
 }
