@@ -14,7 +14,6 @@ from torch import Tensor
 from fastl2o.rules import HierarchicalRule
 from tests import cuda_hierarchical, cuda_step
 
-RECORD_BYTES = 2**31
 KERNELS = ("enter", "ahead", "tensors", "sweep", "injected", "reduce_sweep", "reduce_levels")
 COPY, ZERO, SEND, REPLAY, LAUNCH = range(5)
 LEVEL_THREADS, SWEEP_THREADS = 256, 64
@@ -32,6 +31,20 @@ class _Call(ctypes.Structure):
         ),
         *((name, ctypes.c_double) for name in ("step", "lr", "weight_decay")),
     ]
+
+
+class Limits(ctypes.Structure):
+    """What the host keeps a window within; without values, as it does by itself."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("record_bytes", "sweep_rows", "level_rows")]
+
+    @classmethod
+    def make(cls, **values: int) -> Limits:
+        """The host's own but for these."""
+        made = host().limits()
+        for name, value in values.items():
+            setattr(made, name, value)
+        return made
 
 
 class _Command(ctypes.Structure):
@@ -63,6 +76,7 @@ def host() -> ctypes.CDLL:
     """The host's planning of a window."""
     library = cuda_step.compile_host("cuda_hierarchical_window_plan.cpp")
     library.run.restype = ctypes.c_int64
+    library.limits.restype = Limits
     return library
 
 
@@ -76,15 +90,15 @@ class Memory:
         """The numbers in the `size` bytes from an address on; they must be one tensor's."""
         for start, tensor in self.tensors:
             first = (address - start) // 4
-            if 0 <= first and first + size // 4 <= len(tensor):
+            if first >= 0 and first + size // 4 <= len(tensor):
                 return tensor[first : first + size // 4]
         raise AssertionError(f"{size} bytes at {address:#x} are no tensor's")
 
 
-def describe(call: _Call, record_bytes: int = RECORD_BYTES) -> tuple[int, int, bool]:
+def describe(call: _Call, limits: Limits) -> tuple[int, int, bool]:
     """Bytes of the workspace, segments, and whether the step's tensors go to a list."""
     out = (ctypes.c_int64 * 3)()
-    host().describe(ctypes.byref(call), ctypes.c_int64(record_bytes), out)
+    host().describe(ctypes.byref(call), ctypes.byref(limits), out)
     return out[0], out[1], bool(out[2])
 
 
@@ -104,7 +118,7 @@ def unroll_backward(
     *,
     lr: float = 0.7,
     weight_decay: float = 0.1,
-    record_bytes: int = RECORD_BYTES,
+    limits: dict[str, int] | None = None,
     architecture: int = 80,
     **options: Any,
 ) -> Result:
@@ -116,7 +130,8 @@ def unroll_backward(
         window.steps, rows, runs, window.sizes, window.state.shape[1],
         step=window.taken, lr=lr, weight_decay=weight_decay,
     )  # fmt: skip
-    size, segments, listed = describe(call, record_bytes)
+    within = Limits.make(**limits or {})
+    size, segments, listed = describe(call, within)
     workspace = torch.full((size // 4,), torch.nan)
     tensors = (meta, window.grads, window.state, window.weights, d_meta, d_state)
     names = ("meta", "grads", "state", "weights", "d_meta", "d_state")
@@ -124,7 +139,7 @@ def unroll_backward(
         setattr(call, name, cuda_step.address(tensor))
     memory = Memory([*tensors, workspace])
     arguments = (ctypes.byref(call), ctypes.c_uint64(cuda_step.address(workspace)))
-    arguments += (ctypes.c_int64(record_bytes),)
+    arguments += (ctypes.byref(within),)
     count = host().run(*arguments, None, ctypes.c_int64(0))
     length = host().command_bytes()
     out = ctypes.create_string_buffer(count * length)

@@ -50,31 +50,29 @@ struct Recorder {
   }
 };
 
-cuda::HierarchicalWindow window(const cuda::HierarchicalWindowCall* call, uint64_t workspace,
-                                int64_t record_bytes) {
-  return {*call, reinterpret_cast<void*>(workspace), record_bytes};
-}
+using Limits = cuda::HierarchicalWindowLimits;
 
 }  // namespace
 
 extern "C" {
 
+Limits limits() { return {}; }
 int command_bytes() { return kCommand; }
 int args_bytes() { return sizeof(cuda::HierarchicalArgs); }
 int window_args_bytes() { return sizeof(cuda::HierarchicalWindowArgs); }
 
 // Bytes of the workspace, segments, and whether the step's entries are listed.
-void describe(const cuda::HierarchicalWindowCall* call, int64_t record_bytes, int64_t* out) {
-  const cuda::HierarchicalWindow made = window(call, 0, record_bytes);
+void describe(const cuda::HierarchicalWindowCall* call, const Limits* limits, int64_t* out) {
+  const cuda::HierarchicalWindow made(*call, nullptr, *limits);
   out[0] = made.workspace_bytes();
   out[1] = made.segments();
   out[2] = made.plan().listed();
 }
 
 // The number of commands, of which the first `capacity` are written.
-int64_t run(const cuda::HierarchicalWindowCall* call, uint64_t workspace, int64_t record_bytes,
+int64_t run(const cuda::HierarchicalWindowCall* call, uint64_t workspace, const Limits* limits,
             char* out, int64_t capacity) {
-  const cuda::HierarchicalWindow made = window(call, workspace, record_bytes);
+  const cuda::HierarchicalWindow made(*call, reinterpret_cast<void*>(workspace), *limits);
   Recorder recorder{made.plan(), out, capacity};
   made.run(recorder);
   return recorder.made;

@@ -20,14 +20,17 @@ struct HierarchicalWindowCall {
 
 enum class WindowKernel { enter, ahead, tensors, sweep, injected, reduce_sweep, reduce_levels };
 
+struct HierarchicalWindowLimits {
+  // Whole windows are recorded up to this size; others in segments of sqrt(steps).
+  int64_t record_bytes = int64_t(2) << 30;
+  int64_t sweep_rows = kMostSweepRows, level_rows = kMostLevelRows;
+};
+
 class HierarchicalWindow {
  public:
-  // Whole windows are recorded up to this size; others in segments of sqrt(steps).
-  static constexpr int64_t kRecordBytes = int64_t(2) << 30;
-
-  // A null workspace serves to ask for its size. `record_bytes` in place of kRecordBytes.
+  // A null workspace serves to ask for its size.
   HierarchicalWindow(const HierarchicalWindowCall& call, void* workspace,
-                     int64_t record_bytes = kRecordBytes)
+                     const HierarchicalWindowLimits& limits = {})
       : call_(call),
         base_(reinterpret_cast<uintptr_t>(workspace)),
         entries_(call.runs * nonempty(call)),
@@ -44,7 +47,7 @@ class HierarchicalWindow {
     states_ = inverse_rms_ + place_size(entries_);
     record_ = states_ + place_size(entries_ * kTensorUnits);
     segment_ = call.steps;
-    if (call.steps * record_ * int64_t(sizeof(float)) > record_bytes)
+    if (call.steps * record_ * int64_t(sizeof(float)) > limits.record_bytes)
       segment_ = int64_t(std::ceil(std::sqrt(double(call.steps))));
     records_ = take(segment_ * record_);
     kept_ = take(segments() > 1 ? segments() * slot_ : 0);
@@ -64,9 +67,9 @@ class HierarchicalWindow {
     args.d_means = floats(call.runs * 32);
     args.problem_values = floats(call.runs * 32);
     const int64_t blocks = std::min<int64_t>((chunks + kWindowWarps - 1) / kWindowWarps,
-                                             kMostSweepRows / kWindowWarps);
+                                             limits.sweep_rows / kWindowWarps);
     args.sweep_row_count = int32_t(blocks * kWindowWarps);
-    args.level_row_count = int32_t(std::min<int64_t>(entries_, kMostLevelRows));
+    args.level_row_count = int32_t(std::min(entries_, limits.level_rows));
     // These, which are added to, start as zeros.
     zeros_ = floats_;
     args.chunk_sums = floats(chunks * kChunkSums);
