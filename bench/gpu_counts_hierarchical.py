@@ -12,6 +12,8 @@ import torch
 from bench.gpu_kernel import Kernel, assembled, find, number
 from fastl2o import HierarchicalRule
 from tests import cuda_hierarchical, gpu_common, test_cuda_hierarchical
+from tests import cuda_hierarchical_unroll as unroll
+from tests import test_cuda_hierarchical_unroll as window
 
 PLANES = 19
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,9 +21,15 @@ PASSES = ("sweep", "apply")  # that over tensors adds next to nothing
 COORDINATES = 10**6  # whose launch parameters the Triton kernels are counted with
 
 
+# Bytes of a coordinate and step that the launches of a window's way back cannot avoid: adjoint both
+# ways, gradient and raw step; planes, their gradients both ways, gradient and adjoint.
+BACKWARD = {"ahead": 16, "sweep": 3 * 4 * PLANES + 8}
+
+
 def cuda_kernels() -> list[Kernel]:
-    """The passes of the CUDA step over the parameters."""
-    return [_cuda_pass(name, planes) for planes in DTYPES for name in PASSES]
+    """The passes of the CUDA step over the parameters, and of its window backward."""
+    steps = [_cuda_pass(name, planes) for planes in DTYPES for name in PASSES]
+    return steps + [_cuda_backward(name) for name in BACKWARD]
 
 
 def triton_kernels() -> list[Kernel]:
@@ -50,6 +58,23 @@ def _cuda_pass(name: str, planes: torch.dtype) -> Kernel:
         launches,
         lambda arch: find(assembled(cuda_hierarchical.module(number(arch)), arch), part),
         "3 a step with the tensors' pass; beyond 48 tensors 4 + ceil(tensors / 48)",
+    )
+
+
+def _cuda_backward(name: str) -> Kernel:
+    part = f"window_{name}_kernel"
+
+    def launches() -> tuple[Any, Any]:
+        small, large = map(window.counted, (window.COUNTED, 2 * window.COUNTED))
+        return small[part], large[part]
+
+    return Kernel(
+        f"cuda hierarchical window {name}",
+        BACKWARD[name],
+        window.COUNTED,
+        launches,
+        lambda arch: find(assembled(unroll.module(number(arch)), arch), part),
+        "4 a step back, 3 to replay it; 2 copies a step",
     )
 
 

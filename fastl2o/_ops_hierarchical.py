@@ -82,7 +82,7 @@ def step_(
         unsupported = f"its step takes state in float32 or bfloat16, not {dtype}: convert the state"
     unsupported = _no_kernels(rule, unsupported)
     device = params[0].device
-    refuses = gpu.objections(gpu.step_refusal, rule, device)
+    refuses = gpu.objections(rule, device)
     chosen = backends.choose(device, unsupported, refuses)
     wide = torch.promote_types(dtype, torch.float32)
     if meta is None:
@@ -171,7 +171,7 @@ def unroll_backward(
     if {grads.dtype, state.dtype, meta.dtype} != {torch.float32}:
         unsupported = "its functional ops take float32 tensors: convert them"
     unsupported = _no_kernels(rule, unsupported)
-    refuses = gpu.objections(gpu.unroll_refusal, rule, grads.device)
+    refuses = gpu.objections(rule, grads.device)
     chosen = backends.choose(grads.device, unsupported, refuses=refuses)
     arguments = (
         *(grads.contiguous(), state.contiguous(), int(step), meta),
@@ -361,7 +361,7 @@ _STEP, _STEP_NAMES = _define(
     "Tensor? grad_scale=None, Tensor? found_inf=None, int? rounding_seed=None) -> ()",
     _default_step_,
     lambda named: None,
-    gpu.dispatched(gpu.step_, gpu.step_refusal, _rule, _check_step, _default_step_),
+    gpu.dispatched(gpu.step_, _rule, _check_step, _default_step_),
 )
 _UNROLL, _UNROLL_NAMES = _define(
     "hierarchical_unroll_backward",
@@ -369,7 +369,5 @@ _UNROLL, _UNROLL_NAMES = _define(
     f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay) -> (Tensor, Tensor)",
     _default_unroll,
     _fake_unroll,
-    gpu.dispatched(
-        gpu.unroll_backward, gpu.unroll_refusal, _rule, gpu.check_unroll, _default_unroll
-    ),
+    gpu.dispatched(gpu.unroll_backward, _rule, gpu.check_unroll, _default_unroll),
 )

@@ -18,15 +18,14 @@ from ._ops_gpu import capability_refusal
 from .rules import HierarchicalRule
 
 Named = dict[str, Any]
-Refusal = Callable[[str, HierarchicalRule, torch.device], str]
 
 _LISTS = ("params", "grads", "planes", "tensor_states", "steps", "lr", "weight_decay")
 # The kernels write a unit's products out, so more of them compile for minutes.
 _MAX_TRITON_UNITS = 16
 
 
-def step_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
-    """Why a backend that is present has no step for this rule on this device, "" if it has."""
+def refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
+    """Why a backend that is present has no kernels for this rule on this device, "" if it has."""
     if backend == "triton" and rule.param_size > _MAX_TRITON_UNITS:
         return f"its kernels take param_size up to {_MAX_TRITON_UNITS}, not {rule.param_size}"
     if backend == "cuda" and device.type == "cuda":
@@ -48,16 +47,7 @@ def _cuda_refuses(sizes: tuple[int, int, int, int], device: torch.device) -> str
     return capability_refusal(device)
 
 
-def unroll_refusal(backend: str, rule: HierarchicalRule, device: torch.device) -> str:
-    """Why a backend that is present has no window backward for this rule, "" if it has."""
-    if backend == "cuda":
-        return "it has no kernels for the windows of rules of family 'hierarchical'"
-    return step_refusal(backend, rule, device) if backend == "triton" else ""
-
-
-def objections(
-    refusal: Refusal, rule: HierarchicalRule, device: torch.device
-) -> Callable[[str], str]:
+def objections(rule: HierarchicalRule, device: torch.device) -> Callable[[str], str]:
     """`refusal` as a function of the backend, for `backends.choose`."""
     return lambda backend: refusal(backend, rule, device)
 
@@ -124,19 +114,22 @@ def check_unroll(rule: HierarchicalRule, named: Named) -> None:
 def unroll_backward(
     backend: str, rule: HierarchicalRule, named: Named
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The window backward, which Triton alone has; `named` holds the arguments of the op's schema,
-    checked.
-    """
+    """The window backward; `named` holds the arguments of the op's schema, checked."""
     names = ("grads", "state", "step", "meta", "loss_weights", "steps", "sizes")
-    window = import_module("fastl2o.kernels.hierarchical.window")
-    arguments = (named[name] for name in (*names, "lr", "weight_decay"))
-    result: tuple[Tensor, Tensor] = window.unroll_backward(rule, *arguments)
+    before = [named[name] for name in names]
+    scales = (named["lr"], named["weight_decay"])
+    result: tuple[Tensor, Tensor]
+    if backend == "cuda":
+        cuda = torch.ops.fastl2o_cuda.hierarchical_unroll_backward
+        result = cuda(*before, *cuda_sizes(rule), *scales)
+    else:
+        window = import_module("fastl2o.kernels.hierarchical.window")
+        result = window.unroll_backward(rule, *before, *scales)
     return result
 
 
 def dispatched(
     function: Callable[[str, HierarchicalRule, Named], Any],
-    refusal: Refusal,
     rule_of: Callable[[Named], HierarchicalRule],
     check: Callable[[HierarchicalRule, Named], None],
     default: Callable[[Named], Any],
@@ -145,7 +138,6 @@ def dispatched(
 
     Args:
         function: one of this module.
-        refusal: what backends do not take of it.
         rule_of: the rule that an op's arguments describe.
         check: raises for tensors that do not fit the rule.
         default: the op in plain torch.
@@ -157,7 +149,7 @@ def dispatched(
         floats: list[Tensor] = [named["meta"]]
         if any(tensor.dtype != torch.float32 for tensor in floats):
             unsupported = "its kernels take float32 (planes also bfloat16): convert the tensors"
-        chosen = backends.choose(device, unsupported, refuses=objections(refusal, rule, device))
+        chosen = backends.choose(device, unsupported, refuses=objections(rule, device))
         if chosen == "reference":
             return default(named)
         check(rule, named)

@@ -17,7 +17,11 @@ from fastl2o.rules import HierarchicalRule
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
-SCHEMA = torch.ops.fastl2o.hierarchical_step_.default._schema
+OPS = ("hierarchical_step_", "hierarchical_unroll_backward")
+
+
+def schema_of(op: str) -> Any:
+    return getattr(torch.ops.fastl2o, op).default._schema
 
 
 @pytest.fixture
@@ -27,6 +31,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
     stub = SimpleNamespace(
         hierarchical_step_=lambda *arguments: calls.append(arguments),
+        hierarchical_unroll_backward=lambda *arguments: calls.append(arguments),
         hierarchical_supported=lambda *sizes: sizes == (10, 20, 20, 4),
     )
     monkeypatch.setattr(torch.ops, "fastl2o_cuda", stub, raising=False)
@@ -39,7 +44,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 
 def test_auto_takes_cuda_for_the_default_sizes_and_triton_for_others(library: Any) -> None:
     def chosen(rule: HierarchicalRule) -> str:
-        return backends.choose(CUDA, "", gpu.objections(gpu.step_refusal, rule, CUDA))
+        return backends.choose(CUDA, "", gpu.objections(rule, CUDA))
 
     assert chosen(HierarchicalRule()) == "cuda"
     assert chosen(HierarchicalRule(tensor_size=8)) == "triton"
@@ -53,22 +58,23 @@ def test_auto_takes_cuda_for_the_default_sizes_and_triton_for_others(library: An
         chosen(HierarchicalRule(tensor_size=8))
 
 
-def test_the_step_hands_its_arguments_on_in_the_order_of_the_schema(library: Any) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_hands_its_arguments_on_in_the_order_of_the_schema(op: str, library: Any) -> None:
     rule = HierarchicalRule()
-    named = {argument.name: object() for argument in SCHEMA.arguments}
-    named |= {**rule.config(), "meta": torch.zeros(1)}
-    gpu.step_("cuda", rule, named)
+    names = [argument.name for argument in schema_of(op).arguments]
+    named = {name: object() for name in names} | rule.config() | {"meta": torch.zeros(1)}
+    getattr(gpu, op.removeprefix("hierarchical_"))("cuda", rule, named)
     (arguments,) = library
-    assert list(arguments) == [named[argument.name] for argument in SCHEMA.arguments]
+    assert list(arguments) == [named[name] for name in names]
 
 
-def test_the_library_has_the_schema_of_the_op() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_the_library_has_the_schema_of_the_op(op: str) -> None:
     source = (ROOT / "csrc/cuda/hierarchical_ops.cpp").read_text(encoding="utf-8")
     (sizes,) = re.findall(r'#define FASTL2O_SIZES "(.*)"', source)
     text = source.replace("FASTL2O_SIZES", f'"{sizes}"', source.count("FASTL2O_SIZES"))
-    (definition,) = re.findall(
-        r'm\.def\(\s*((?:"[^"]*"\s*)*?"hierarchical_step_.*?)\);', text, re.S
-    )
-    schema = "".join(re.findall(r'"([^"]*)"', definition))
-    expected = torch._C.parse_schema(str(SCHEMA).removeprefix("fastl2o::"))
+    definitions = re.findall(r"m\.def\(((?:\s*\"[^\"]*\")+)\);", text)
+    schemas = ("".join(re.findall(r'"([^"]*)"', each)) for each in definitions)
+    (schema,) = (each for each in schemas if each.startswith(f"{op}("))
+    expected = torch._C.parse_schema(str(schema_of(op)).removeprefix("fastl2o::"))
     assert str(torch._C.parse_schema(schema)) == str(expected)

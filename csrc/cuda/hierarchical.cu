@@ -1,11 +1,10 @@
 // The hierarchical rule's in-place step: launches on the caller's stream, no allocation, no
 // synchronisation, so it can be captured into a graph.
-#include <cuda_runtime.h>
-
 #include "hierarchical.h"
 #include "hierarchical_levels.cuh"
 #include "hierarchical_plan.h"
 #include "hierarchical_sweep.cuh"
+#include "launcher.h"
 
 namespace fastl2o::cuda {
 namespace {
@@ -61,40 +60,22 @@ __global__ void __launch_bounds__(kProblemThreads)
   args.problem_values[int64_t(problem) * 32 + lane] = problem_value(args, problem, lane, sum);
 }
 
-class Launcher {
- public:
-  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
-    int device = 0;
-    note(cudaGetDevice(&device));
-    if (ok())
-      note(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
+// The workspace's list of all entries.
+void send_entries(const HierarchicalPlan& plan, HierarchicalArgs args, Launcher& launch) {
+  for (int64_t first = 0; first < plan.entries(); first += kEntries) {
+    plan.send(first, args);
+    launch(hierarchical_send_kernel, 1, kLevelThreads, args);
   }
+}
 
-  bool ok() const { return error_ == cudaSuccess; }
-  void note(cudaError_t error) {
-    if (ok()) error_ = error;
-  }
-  cudaError_t error() const { return error_; }
-  cudaStream_t stream() const { return stream_; }
-
-  // At most `blocks` a multiprocessor.
-  int grid(int64_t units, int blocks) const {
-    return int(std::clamp<int64_t>(units, 1, int64_t(blocks) * multiprocessors_));
-  }
-
-  template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t grid, int threads,
-                  const Arguments&... arguments) {
-    if (!ok()) return;
-    kernel<<<unsigned(grid), threads, 0, stream_>>>(arguments...);
-    note(cudaGetLastError());
-  }
-
- private:
-  cudaStream_t stream_;
-  int multiprocessors_ = 0;
-  cudaError_t error_ = cudaSuccess;
-};
+// The first two passes.
+void launch_sweep(void (*sweep)(HierarchicalArgs), const HierarchicalArgs& args, Launcher& launch) {
+  int blocks = 1;
+  if (launch.ok())
+    launch.note(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, sweep, kSweepThreads, 0));
+  launch(sweep, launch.grid(args.chunks, blocks), kSweepThreads, args);
+  launch(hierarchical_tensors_kernel, launch.grid(args.entries, kApplyBlocks), kLevelThreads, args);
+}
 
 }  // namespace
 
@@ -113,26 +94,34 @@ int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* gl
   if (!plan.fits()) return cudaErrorInvalidValue;
   if (plan.empty()) return launch.error();
   HierarchicalArgs args = plan.args(meta, global_states, options, workspace);
-  if (plan.listed())
-    for (int64_t first = 0; first < plan.entries(); first += kEntries) {
-      plan.send(first, args);
-      launch(hierarchical_send_kernel, 1, kLevelThreads, args);
-    }
+  if (plan.listed()) send_entries(plan, args, launch);
   const int64_t units = (int64_t(args.chunks) + kLevelThreads / 32 - 1) / (kLevelThreads / 32);
   if (options.nonfinite != 0)
     launch(hierarchical_scan_kernel, launch.grid(units, kApplyBlocks), kLevelThreads, args,
            options.nonfinite_flags, options.nonfinite_flags + count);
   if (plan.listed()) launch(hierarchical_problems_kernel, problems, kProblemThreads, args);
-  const auto sweep = options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float, false>
-                     : options.stochastic_rounding      ? hierarchical_sweep_kernel<bf16, true>
-                                                        : hierarchical_sweep_kernel<bf16, false>;
-  int blocks = 1;
-  if (launch.ok())
-    launch.note(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, sweep, kSweepThreads, 0));
-  launch(sweep, launch.grid(args.chunks, blocks), kSweepThreads, args);
-  launch(hierarchical_tensors_kernel, launch.grid(args.entries, kApplyBlocks), kLevelThreads, args);
+  launch_sweep(options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float, false>
+               : options.stochastic_rounding      ? hierarchical_sweep_kernel<bf16, true>
+                                                  : hierarchical_sweep_kernel<bf16, false>,
+               args, launch);
   launch(hierarchical_apply_kernel, problems + launch.grid(units, kApplyBlocks), kLevelThreads,
          args);
+  return launch.error();
+}
+
+int hierarchical_send(const HierarchicalPlan& plan, const HierarchicalArgs& args, void* stream) {
+  Launcher launch(stream);
+  send_entries(plan, args, launch);
+  return launch.error();
+}
+
+int hierarchical_replay(const HierarchicalArgs& args, void* stream) {
+  Launcher launch(stream);
+  if (args.list != nullptr)
+    launch(hierarchical_problems_kernel, args.problems, kProblemThreads, args);
+  launch_sweep(hierarchical_sweep_kernel<float, false>, args, launch);
+  // Without blocks for the parameters, only the global states.
+  launch(hierarchical_apply_kernel, args.problems, kLevelThreads, args);
   return launch.error();
 }
 

@@ -45,4 +45,14 @@ class HierarchicalPlan;  // hierarchical_plan.h: of the tensors of a step, and i
 int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* global_states,
                       const HierarchicalOptions& options, void* workspace, void* stream);
 
+// The backward of a window, whose steps are done again; hierarchical_window.h has what it is made
+// of.
+class HierarchicalWindow;
+int hierarchical_unroll_backward(const HierarchicalWindow& window, void* stream);
+
+// Parts of that: puts all entries where args.list is; a step in place without parameters.
+struct HierarchicalArgs;
+int hierarchical_send(const HierarchicalPlan& plan, const HierarchicalArgs& args, void* stream);
+int hierarchical_replay(const HierarchicalArgs& args, void* stream);
+
 }  // namespace fastl2o::cuda

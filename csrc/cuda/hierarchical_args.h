@@ -22,14 +22,16 @@ static_assert(kSizes.param_size == kUnits && kSizes.num_scales == kScales &&
 
 // A warp sums over a chunk: at least 256 coordinates, so that few sums are written, and more where
 // a tensor would have more than 8,192 of them. Depends on the tensor alone, as do the sums' bits.
-FASTL2O_BOTH int64_t chunk_size(int64_t numel) {
-  int64_t size = 256;
-  while (numel > 8192 * size) size *= 2;
-  return size;
+// A power of two, so that nothing is divided by it, which on devices is a call.
+FASTL2O_BOTH int chunk_bits(int64_t numel) {
+  int bits = 8;
+  while (numel > int64_t(8192) << bits) ++bits;
+  return bits;
 }
+FASTL2O_BOTH int64_t chunk_size(int64_t numel) { return int64_t(1) << chunk_bits(numel); }
 FASTL2O_BOTH int64_t chunk_count(int64_t numel) {
-  const int64_t size = chunk_size(numel);
-  return (numel + size - 1) / size;
+  const int bits = chunk_bits(numel);
+  return (numel + (int64_t(1) << bits) - 1) >> bits;
 }
 
 // Raw steps lie in the workspace in units of this many, so that every tensor's are aligned.

@@ -86,4 +86,10 @@ __device__ __forceinline__ float exp_accurate(float x) {
   return fmaf(y, kLn2 * low, y);
 }
 
+// The share of the old value and the rest of the new one: a difference of the two would make NaN of
+// infinities.
+__device__ __forceinline__ float mixed(float share, float old_value, float new_value) {
+  return fmaf(share, old_value, (1.0f - share) * new_value);
+}
+
 }  // namespace fastl2o::cuda

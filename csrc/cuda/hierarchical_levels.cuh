@@ -1,79 +1,10 @@
 // The levels above the parameters': a block for each tensor, a block for each problem.
 #pragma once
 
-#include "hierarchical_cells.cuh"
+#include "hierarchical_gru.cuh"
 #include "hierarchical_tables.cuh"
 
 namespace fastl2o::cuda {
-
-inline constexpr int kLevelThreads = 256;
-inline constexpr int kLevelUnits = 20;
-static_assert(kTensorUnits == kLevelUnits && kGlobalUnits == kLevelUnits);
-
-__device__ __forceinline__ float add_dot(const float* weights, const float* x, int count,
-                                         float sum) {
-#pragma unroll 4
-  for (int k = 0; k < count; ++k) sum = fmaf(weights[k], x[k], sum);
-  return sum;
-}
-
-// Sums rows of 4 Quads numbers in the order of groups of rows: row r belongs to group r modulo
-// their number, which depends on Quads alone. The total of column t goes to thread t.
-template <int Quads, typename Row>
-__device__ __forceinline__ double add_rows(int64_t rows, Row row) {
-  constexpr int groups = kLevelThreads / Quads;
-  __shared__ double shared[groups][4 * Quads];
-  const int quad = threadIdx.x % Quads, group = threadIdx.x / Quads;
-  double sums[4] = {};
-  if (group < groups) {
-#pragma unroll 4
-    for (int64_t r = group; r < rows; r += groups) {
-      const float4* const from = row(r);
-      const float4 four = from == nullptr ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : from[quad];
-      sums[0] += double(four.x);
-      sums[1] += double(four.y);
-      sums[2] += double(four.z);
-      sums[3] += double(four.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) shared[group][4 * quad + i] = sums[i];
-  }
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x < 4 * Quads)
-    for (int g = 0; g < groups; ++g) total += shared[g][threadIdx.x];
-  __syncthreads();
-  return total;
-}
-
-// One column of a GRU of kLevelUnits, by a whole block: threads of kLevelUnits rows each for r, u
-// and c. x, h and the result are shared; `injected` is thread t's part of preactivation t.
-template <int Inputs>
-__device__ __forceinline__ float level_gru(const float* meta, GruLayout at, const float* x,
-                                           const float* h, float injected) {
-  constexpr int columns = Inputs + kLevelUnits;
-  __shared__ float gates[2 * kLevelUnits], reset[kLevelUnits], candidates[kLevelUnits];
-  const int row = threadIdx.x, unit = row % kLevelUnits;
-  const bool candidate = row >= 2 * kLevelUnits;
-  const float* weights =
-      meta + (candidate ? at.candidate + unit * columns : at.gates + row * columns);
-  float sum = 0.0f;
-  if (row < 3 * kLevelUnits) {
-    sum = injected + meta[candidate ? at.candidate_bias + unit : at.gates_bias + row];
-    sum = add_dot(weights, x, Inputs, sum);
-  }
-  if (!candidate) {
-    gates[row] = sigmoid(add_dot(weights + Inputs, h, kLevelUnits, sum));
-    if (row < kLevelUnits) reset[row] = gates[row] * h[row];
-  }
-  __syncthreads();
-  if (candidate && row < 3 * kLevelUnits)
-    candidates[unit] = tanh_accurate(add_dot(weights + Inputs, reset, kLevelUnits, sum));
-  __syncthreads();
-  if (row >= kLevelUnits) return 0.0f;
-  const float c = candidates[row];
-  return fmaf(gates[kLevelUnits + row], h[row] - c, c);
-}
 
 // The second pass: sums, RMS, state and mean log rate of each tensor.
 __global__ void __launch_bounds__(kLevelThreads)

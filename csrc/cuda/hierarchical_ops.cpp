@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "call.h"
-#include "hierarchical_plan.h"
+#include "hierarchical_window.h"
 
 namespace {
 
@@ -133,6 +133,60 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
     check_finite(call, options.nonfinite_flags, int64_t(count));
 }
 
+std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
+                                                        Tensor meta, Tensor loss_weights,
+                                                        int64_t steps, std::vector<int64_t> sizes,
+                                                        int64_t param_size, int64_t tensor_size,
+                                                        int64_t global_size, int64_t num_scales,
+                                                        double lr, double weight_decay) {
+  const HierarchicalConfig config = make_config(param_size, tensor_size, global_size, num_scales);
+  const Call call(meta, unsupported(config), HierarchicalLayout(config).total);
+  call.check(grads, ScalarType::Float, "grads");
+  call.check(state, ScalarType::Float, "state");
+  call.check(loss_weights, ScalarType::Float, "loss_weights");
+  int64_t coordinates = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    STD_TORCH_CHECK(sizes[i] >= 0, place("sizes", int64_t(i)), " is ", sizes[i],
+                    "; accepted are numbers of coordinates");
+    coordinates += sizes[i];
+  }
+  Tensor d_meta = torch::stable::empty_like(meta);
+  Tensor d_state = torch::stable::empty_like(state);
+  if (steps == 0 || grads.numel() == 0)
+    return {torch::stable::fill_(d_meta, 0.0), torch::stable::fill_(d_state, 0.0)};
+  fastl2o::check_recorded(grads, loss_weights, steps);
+  fastl2o::cuda::HierarchicalWindowCall window = {};
+  window.tensors = int64_t(sizes.size());
+  window.steps = steps;
+  window.rows = grads.size(0);
+  window.runs = grads.size(1);
+  window.coordinates = grads.size(2);
+  window.width = config.state_planes() * coordinates + (config.tensor_size + 1) * window.tensors +
+                 config.global_size;
+  STD_TORCH_CHECK(coordinates == window.coordinates, "sizes add up to ", coordinates,
+                  "; grads has ", window.coordinates, " coordinates");
+  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == window.runs && state.size(1) == window.width,
+                  "state must be (", window.runs, ", ", window.width, ")");
+  window.meta = fastl2o::floats(meta);
+  window.grads = fastl2o::floats(grads);
+  window.state = fastl2o::floats(state);
+  window.loss_weights = fastl2o::floats(loss_weights);
+  window.d_meta = fastl2o::mutable_floats(d_meta);
+  window.d_state = fastl2o::mutable_floats(d_state);
+  window.sizes = sizes.data();
+  window.step = double(step);
+  window.lr = lr;
+  window.weight_decay = weight_decay;
+  using fastl2o::cuda::HierarchicalWindow;
+  const int64_t bytes = HierarchicalWindow(window, nullptr).workspace_bytes();
+  const Tensor workspace = call.scratch(bytes, ScalarType::Byte);
+  const HierarchicalWindow planned(window, workspace.mutable_data_ptr());
+  STD_TORCH_CHECK(planned.fits(), "a window of ", window.runs, " runs of ", coordinates,
+                  " coordinates is beyond the CUDA kernels' 32-bit counters; pass fewer in a call");
+  call.done(fastl2o::cuda::hierarchical_unroll_backward(planned, call.stream()));
+  return {d_meta, d_state};
+}
+
 bool hierarchical_supported(int64_t param_size, int64_t tensor_size, int64_t global_size,
                             int64_t num_scales) {
   return fastl2o::cuda::supported(make_config(param_size, tensor_size, global_size, num_scales));
@@ -149,6 +203,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastl2o_cuda, m) {
       "Tensor meta, " FASTL2O_SIZES
       ", float[] lr, float[] weight_decay, bool maximize, int nonfinite, Tensor? grad_scale=None, "
       "Tensor? found_inf=None, int? rounding_seed=None) -> ()");
+  m.def(
+      "hierarchical_unroll_backward(Tensor grads, Tensor state, int step, Tensor meta, Tensor "
+      "loss_weights, int steps, int[] sizes, " FASTL2O_SIZES
+      ", float lr, float weight_decay) -> (Tensor, Tensor)");
   m.def("hierarchical_supported(" FASTL2O_SIZES ") -> bool");
 }
 
@@ -158,4 +216,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastl2o_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastl2o_cuda, CUDA, m) {
   m.impl("hierarchical_step_", TORCH_BOX(&hierarchical_step_));
+  m.impl("hierarchical_unroll_backward", TORCH_BOX(&hierarchical_unroll_backward));
 }

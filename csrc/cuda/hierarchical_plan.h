@@ -13,6 +13,11 @@ namespace fastl2o::cuda {
 
 class HierarchicalPlan {
  public:
+  using Tensors = std::vector<HierarchicalTensor>;
+
+  HierarchicalPlan(const Tensors& tensors, int64_t problems)
+      : HierarchicalPlan(tensors.data(), int64_t(tensors.size()), problems) {}
+
   HierarchicalPlan(const HierarchicalTensor* tensors, int64_t count, int64_t problems)
       : count_(count), problems_(problems) {
     for (int64_t i = 0; i < count; ++i) {
@@ -52,6 +57,8 @@ class HierarchicalPlan {
   int64_t count() const { return count_; }  // of tensors, empty ones included
   int64_t problems() const { return problems_; }
   int64_t entries() const { return int64_t(entries_.size()); }
+  int64_t chunks() const { return chunks_; }
+  int64_t raw_floats() const { return raw_units_ * kRawUnit; }
 
   HierarchicalArgs args(const float* meta, float* global_states, const HierarchicalOptions& options,
                         void* workspace) const {

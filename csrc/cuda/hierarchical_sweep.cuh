@@ -7,6 +7,7 @@
 
 #include "hierarchical_cells.cuh"
 #include "hierarchical_tables.cuh"
+#include "hierarchical_weights.cuh"
 #include "step_layout.h"
 
 namespace fastl2o::cuda {
@@ -19,12 +20,9 @@ inline constexpr int kSweepBlocks = kDeviceMajor < 9 ? 4 : 3;
 inline constexpr int kSumTiles = 16;  // whose sums a lane adds before lanes are added up
 inline constexpr int kSumStride = 33;
 inline constexpr int kMeanLogRate = 30, kFirstStep = 31;  // in a row of biases
-inline constexpr int kColumns = kInputs + kUnits;
 
 struct SweepShared {
-  // Of preactivation r, u or c: weights of x, of h or r h; then for r of unit j decays' readouts
-  // of h_j, for c those of the direction and the rate.
-  float rows[3 * kUnits][kColumns + 2];
+  ParamRows rows;
   float to_param[kTensorUnits][32];  // the tensors' map, transposed
   float shortcut[kScales];
   float square_decay_bias, average_decay_bias, rate_bias, offset;
@@ -39,15 +37,7 @@ struct SweepShared {
 };
 
 __device__ inline void load_weights(const float* meta, SweepShared& shared) {
-  for (int i = threadIdx.x; i < 3 * kUnits * (kColumns + 2); i += blockDim.x) {
-    const int row = i / (kColumns + 2), column = i % (kColumns + 2), unit = row % kUnits;
-    const bool candidate = row >= 2 * kUnits;
-    int64_t from = kMeta.param.gates + row * kColumns + column;
-    if (candidate) from = kMeta.param.candidate + unit * kColumns + column;
-    if (column == kColumns) from = unit + (candidate ? kMeta.direction : kMeta.square_decay);
-    if (column > kColumns) from = unit + (candidate ? kMeta.rate : kMeta.average_decay);
-    shared.rows[row][column] = meta[from];
-  }
+  load_rows(meta, shared.rows);
   for (int i = threadIdx.x; i < kTensorUnits * 32; i += blockDim.x) {
     const int row = i % 32, k = i / 32;
     shared.to_param[k][row] =
@@ -64,12 +54,6 @@ __device__ inline void load_weights(const float* meta, SweepShared& shared) {
 }
 
 using Values = float[kPer];
-
-// The share of the old value and the rest of the new one: a difference of the two would make NaN of
-// infinities.
-__device__ __forceinline__ float mixed(float share, float old_value, float new_value) {
-  return fmaf(share, old_value, (1.0f - share) * new_value);
-}
 
 // Coordinates of a tile, kPer a lane. Stochastic: planes in bf16 are rounded so.
 template <typename State, bool Stochastic>

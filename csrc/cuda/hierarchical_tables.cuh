@@ -45,7 +45,8 @@ struct Range {
   int first, last;
 };
 
-__device__ __forceinline__ Range problem_entries(const HierarchicalArgs& args, int problem) {
+template <typename Args>
+__device__ __forceinline__ Range problem_entries(const Args& args, int problem) {
   const auto below = [&](int limit) {
     return first_entry(0, args.entries, [&](int i) { return entries_of(args)[i].problem < limit; });
   };
@@ -66,9 +67,9 @@ struct Span {
 
 // Calls visit(entry before or -1, entry, chunk). Neighbouring chunks go to different blocks, so
 // that a few of them already fill the device.
-template <typename Visit>
-__device__ __forceinline__ void for_chunks(const HierarchicalArgs& args, unsigned block,
-                                           unsigned blocks, Visit visit) {
+template <typename Args, typename Visit>
+__device__ __forceinline__ void for_chunks(const Args& args, unsigned block, unsigned blocks,
+                                           Visit visit) {
   int index = -1;
   for (unsigned chunk = block + threadIdx.x / 32 * blocks; chunk < unsigned(args.chunks);
        chunk += blockDim.x / 32 * blocks) {
@@ -88,10 +89,11 @@ struct RateSum {
 
   __device__ __forceinline__ void add(const HierarchicalArgs& args,
                                       const HierarchicalEntry& entry) {
-    if (skipped(args, entry)) return;
-    const double numel = double(entry.numel);
-    coordinates += numel;
-    rates += numel * double(entry.state[kTensorUnits]);
+    if (!skipped(args, entry)) add(entry.numel, entry.state[kTensorUnits]);
+  }
+  __device__ __forceinline__ void add(int64_t numel, float rate) {
+    coordinates += double(numel);
+    rates += double(numel) * double(rate);
   }
   __device__ __forceinline__ void add_lanes() {
 #pragma unroll
@@ -107,7 +109,8 @@ struct RateSum {
 
 // What all tensors of a problem inject into the parameters' GRU at a preactivation (r, u, c): its
 // bias, those of the maps, and the global state's part. Then, as one more row, their mean log rate.
-__device__ __forceinline__ float problem_value(const HierarchicalArgs& args, int problem, int row,
+template <typename Args>
+__device__ __forceinline__ float problem_value(const Args& args, int problem, int row,
                                                const RateSum& rates) {
   if (row >= 3 * kUnits) return row == 3 * kUnits ? rates.mean() : 0.0f;
   const float* meta = args.meta;
