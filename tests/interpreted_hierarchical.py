@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 
 import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer
-from kernels.hierarchical import step
 from kernels.hierarchical.config import StepConfig
 from tests.optimizers import run_steps, snapshot
 from tests.test_hierarchical_ops import Problem, close, problems_are_apart, skipped_tensors_rest
@@ -18,6 +18,9 @@ from tests.test_hierarchical_rule import detached, make
 
 # NaN and Inf go through on purpose; NumPy, which the interpreter computes with, remarks on them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+# Where the ops have it from: kernels.hierarchical.step is another module of the same file.
+step = import_module("fastl2o.kernels.hierarchical.step")
 
 SIZES = (3, 4, 5, 2)
 SHAPES: list[tuple[int, ...]] = [(5, 3), (), (0,), (260,)]
@@ -63,9 +66,11 @@ def test_steps_are_the_reference_in_float64(sizes: tuple[int, ...]) -> None:
 
 def test_many_tiles_a_chunk_and_many_chunks_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     config = StepConfig(block=32, warps=1, chunk=64, max_programs=2, tensors=2, rows=2)
-    monkeypatch.setattr(step, "step_config", lambda coordinates: config)
+    asked = []
+    monkeypatch.setattr(step, "step_config", lambda *sizes: asked.append(sizes) or config)
     rule = make(*SIZES, dtype=torch.float32)
     follows_float64(Problem(rule, [(290,), (3,), (63,)]), rule, 2)
+    assert asked
 
 
 def test_gradient_scale_and_maximize() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 import fastl2o
-from fastl2o import HierarchicalRule, ops
-from kernels.hierarchical import window
+from fastl2o import HierarchicalRule, meta, ops
 from kernels.hierarchical.config import WindowConfig
 from tests import gpu_common
 from tests.test_hierarchical_ops import window_gradient_is_that_of_autograd
 from tests.test_hierarchical_rule import make
+
+# Where the ops have it from: kernels.hierarchical.window is another module of the same file.
+window = import_module("fastl2o.kernels.hierarchical.window")
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +35,10 @@ def test_a_window_without_gradients_after_its_last_step() -> None:
 def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three steps in segments of two and one; three tiles a run for two programs.
     config = WindowConfig(block=16, programs=2, segment=2, segments=2)
-    monkeypatch.setattr(window, "window_config", lambda row, steps: config)
+    asked = []
+    monkeypatch.setattr(window, "window_config", lambda *sizes: asked.append(sizes) or config)
     window_gradient_is_that_of_autograd(3, True, 0, "triton")
+    assert asked
 
 
 def test_empty_windows() -> None:
@@ -45,6 +51,25 @@ def test_empty_windows() -> None:
     assert not d_meta.any()
     assert not d_state.any()
     assert d_state.shape == state.shape
+
+
+def test_truncated_bptt_goes_through_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    made = window.Window.run
+    monkeypatch.setattr(window.Window, "run", lambda self: calls.append(self) or made(self))
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    task = meta.tasks.RandomMLP(features=3, hidden=(2,), batch_size=8, points=20)
+    results = {}
+    for path in ("fused", "autograd"):
+        progress = meta.start(rule, task.sample(1, torch.Generator().manual_seed(1)))
+        estimator = meta.TruncatedBPTT(unroll=2, path=path)
+        with fastl2o.backend("triton" if path == "fused" else "reference"):
+            results[path] = estimator.window(rule, progress)
+    fused, autograd = results["fused"], results["autograd"]
+    assert len(calls) == 1
+    torch.testing.assert_close(fused.losses, autograd.losses)
+    distance = (fused.gradient - autograd.gradient).norm()
+    assert float(distance) <= 1e-5 * float(autograd.gradient.norm())
 
 
 def test_sizes_without_kernels_are_refused() -> None:

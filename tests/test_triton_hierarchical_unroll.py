@@ -100,6 +100,18 @@ def test_executed_ptx_agrees_with_autograd(executed: dict[str, Any]) -> None:
         assert float((result - target).norm()) <= TOLERANCE * float(target.norm())
 
 
+def test_memory_traffic_of_a_step_back_is_the_least_possible(executed: dict[str, Any]) -> None:
+    rule, found = make_rule(), []
+    for size in (32, 96):
+        run(rule, make_window(rule, (size,), 1, 1, 1, True))
+        found.append({name: counts.dram_bytes for name, counts in executed.items()})
+    small, large = found
+    # Adjoint, gradient and raw step; planes, their gradients both ways, gradient and adjoint. The
+    # adjoint before a window's last step is not read.
+    for name, least in (("advance_adjoint", 12), ("sweep_backward", 236)):
+        assert least <= (large[name] - small[name]) / 64 <= 1.01 * least
+
+
 @pytest.mark.parametrize("architecture", gpu_common.ARCHITECTURES)
 def test_the_sweep_compiles_without_spills(architecture: int) -> None:
     from kernels.hierarchical import step, window_kernels
