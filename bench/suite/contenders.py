@@ -15,7 +15,7 @@ from fastl2o.rules import HierarchicalRule, LSTMRule, RNNPropRule, Rule
 
 from .. import hierarchical, step
 from ..common import require
-from ..eager import compiled_optimizer
+from ..eager import EagerOptimizer, compiled_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Multiply-adds of a coordinate's step, counted; the levels above the hierarchical rule's
@@ -96,9 +96,16 @@ def compiled(family: str, sizes: Sequence[int]) -> Callable[[], object] | str:
         except Exception as error:  # whatever the tool chain lacks
             return f"torch.compile does not work here: {type(error).__name__}"
         return problem.eager
-    start = step.Buffers(step.make_rule(family), sum(sizes))
+    start, check = (step.Buffers(step.make_rule(family), sum(sizes)) for _ in range(2))
     made = compiled_optimizer(start.rule, start.params[0], start.grads[0])
-    return made if isinstance(made, str) else made.step
+    if isinstance(made, str):
+        return made
+    eager = EagerOptimizer(check.rule, check.params[0], check.grads[0])
+    for _ in range(3):
+        eager.step()
+    error = float((made.param - eager.param).abs().max())
+    require(error < 1e-4, f"{family}: the compiled step differs from eager torch by {error:.1e}")
+    return made.step
 
 
 def gate(family: str, sizes: Sequence[int] = (1, 3_001, 70)) -> None:
