@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 
 from fastl2o import HierarchicalRule
 
@@ -83,3 +85,18 @@ def test_a_pickle_holds_the_meta_parameters_once() -> None:
     rule.flat_buffer(CPU)
     assert len(pickle.dumps(rule)) == size
     assert torch.equal(pickle.loads(pickle.dumps(rule)).flat_buffer(CPU), _current(rule))
+
+
+def test_other_libraries_save_a_rule_that_has_stepped(tmp_path: Path) -> None:
+    rule = HierarchicalRule(4, 4, 4, 2)
+    before = _current(rule)
+    rule.flat_buffer(CPU)
+    save_model(rule, str(tmp_path / "rule.safetensors"))
+    twin = HierarchicalRule(4, 4, 4, 2)
+    load_model(twin, str(tmp_path / "rule.safetensors"))
+    assert torch.equal(_current(twin), before)
+    held = rule.state_dict()
+    rule.flat_buffer(CPU)
+    held["direction"].fill_(5.0)  # a state_dict shares its module's memory
+    assert torch.equal(rule.flat_buffer(CPU), _current(rule))
+    assert rule.direction[0] == 5.0

@@ -56,6 +56,7 @@ class Rule(nn.Module, abc.ABC):
         self._layout: tuple[tuple[str, torch.Size], ...] = ()
         self._tables: list[dict[str, Any]] | None = None
         self._flat: FlatVector | None = None
+        self.register_state_dict_pre_hook(_separate)
 
     # What a family defines
     # ------------------------------------------------------------------------------------------
@@ -196,6 +197,18 @@ class Rule(nn.Module, abc.ABC):
             parameter.data = view
         return FlatVector(vector, views, list(map(Tensor.data_ptr, views)))
 
+    def _separate(self) -> None:
+        """Give each meta-parameter memory of its own again.
+
+        Pickle would write the memory of all for each of several views of it, and other libraries
+        refuse to save views.
+        """
+        if self._flat is not None and self._flat.addresses:
+            with MOVING:
+                self._flat = None
+                for parameter in self.parameters():
+                    parameter.data = parameter.data.clone()
+
     # Files, copies, printing
     # ----------------------------------------------------------------------------------------
 
@@ -262,12 +275,7 @@ class Rule(nn.Module, abc.ABC):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickle would write the memory of all for each of several views of it.
-        if self._flat is not None and self._flat.addresses:
-            with MOVING:
-                self._flat = None
-                for parameter in self.parameters():
-                    parameter.data = parameter.data.clone()
+        self._separate()
         # scratch is not part of a copy
         return {**self.__dict__, "_tables": None, "_flat": None}
 
@@ -276,6 +284,10 @@ class Rule(nn.Module, abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _separate(rule: Rule, prefix: str, keep_vars: bool) -> None:
+    rule._separate()
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:
