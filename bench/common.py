@@ -7,6 +7,7 @@ its quartiles over the rounds are reported.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import os
@@ -217,6 +218,15 @@ def matmul() -> Callable[[], object]:
     """The yardstick of the machine's own float32 rate, as a contender."""
     left, right, out = (torch.randn(2048, 2048) for _ in range(3))
     return lambda: torch.mm(left, right, out=out)
+
+
+def report_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of every ``python -m module`` that measures and writes a report."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
+    parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
+    parser.add_argument("--quick", action="store_true", help="two rounds: does it work")
+    return parser
 
 
 def set_threads(number: int = 2) -> None:

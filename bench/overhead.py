@@ -8,9 +8,7 @@ published sizes show what a user of them sees.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -86,10 +84,7 @@ def measure(quick: bool = False) -> common.Report:
 
 def main() -> None:
     """Parse arguments, measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
-    parser.add_argument("--out", type=Path, default=common.REPORTS, help="folder of the report")
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it work")
+    parser = common.report_parser("bench.overhead", __doc__)
     arguments = parser.parse_args()
     common.set_threads(arguments.threads)
     text = measure(arguments.quick).markdown()

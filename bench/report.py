@@ -6,11 +6,9 @@ Each part is checked for correctness before it is timed; a part that is not corr
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from . import common, meta, step, unroll
 
@@ -51,10 +49,7 @@ def measure(quick: bool = False) -> common.Report:
 
 def main() -> None:
     """Parse arguments, measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
-    parser.add_argument("--out", type=Path, default=common.REPORTS, help="folder of the reports")
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it work")
+    parser = common.report_parser("bench.report", __doc__)
     parser.add_argument("--assert-targets", action="store_true", help="exit 1 on missed targets")
     arguments = parser.parse_args()
     common.set_threads(arguments.threads)

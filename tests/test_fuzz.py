@@ -46,6 +46,15 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+def test_runs_of_another_estimator_are_refused() -> None:
+    source = small_trainer(estimator=meta.PES(4))
+    source.fit(1)
+    state = copy.deepcopy(source.state_dict())
+    state["groups"][0]["group"]["progress"]["perturbations"] = None
+    with pytest.raises(ValueError, match="perturbations is of runs of another estimator"):
+        small_trainer(estimator=meta.PES(4)).load_state_dict(state)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_training_state_is_refused_and_changes_nothing(damage: str) -> None:
     source = small_trainer()

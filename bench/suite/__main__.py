@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 from .. import common
@@ -35,10 +33,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Parse arguments, measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.suite", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
-    parser.add_argument("--out", type=Path, default=common.REPORTS, help="folder of the report")
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it work")
+    parser = common.report_parser("bench.suite", __doc__)
     arguments = parser.parse_args()
     common.set_threads(arguments.threads)
     with warnings.catch_warnings():

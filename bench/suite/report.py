@@ -48,8 +48,9 @@ def markdown(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = ["# Benchmark suite", "", machine, ""]
     lines += [
-        "Made by `python -m bench.suite`. Medians of interleaved rounds in one process; each row's",
-        "result was compared with the reference before it was timed. The limit is the greater of",
+        "Made by `python -m bench.suite`. Medians of interleaved rounds in one process. Steps and",
+        "gradients of rules were compared with the reference before they were timed; the training",
+        "of small models and torch's Adam were not. The limit is the greater of",
         "two times: a rule's multiply-adds at the rate of a large matrix product, and its bytes at",
         "the rate of a large copy, both measured between the rows.",
         "",

@@ -150,6 +150,9 @@ class Progress:
         for name in names:
             check_tensor(name, saved[name], getattr(like, name))
         noise, held_out = saved["perturbations"], None
+        for name in ("perturbations", "held_out"):
+            if (saved[name] is None) != (getattr(like, name) is None):
+                raise ValueError(f"{name} is of runs of another estimator")
         if saved["held_out"] is not None:
             held_out = run.held_out(torch.Generator().set_state(saved["held_out"]))
         return cls(
