@@ -20,6 +20,7 @@ F64 = torch.float64
 TASK = WithConvex(RandomScaling(Quadratic(dim=4), 1.0), num=3)
 LESSONS = {
     "as-published": meta.Imitation(lr=0.05),
+    "linear-fall": meta.Imitation(lr=0.05, decay=6.0, schedule="linear", relative=True),
     "falling-rate": meta.Imitation(lr=0.05, betas=(0.95, 0.9), decay=3.0, relative=True),
     "own-path": meta.Imitation(lr=0.05, own_path=1.0),
     "some-coordinates": meta.Imitation(lr=0.05, coordinates=5),
@@ -83,6 +84,12 @@ def test_rate_falls_with_the_root_of_time() -> None:
     assert meta.Imitation(lr=0.02, decay=300.0).rate(900) == pytest.approx(0.01)
 
 
+def test_rate_falls_linearly_to_a_twentieth() -> None:
+    linear = meta.Imitation(lr=0.02, decay=2000.0, schedule="linear")
+    assert linear.rate(1000) == pytest.approx(0.01)
+    assert linear.rate(2000) == linear.rate(10_000) == pytest.approx(0.001)
+
+
 def test_own_path_and_coordinates_are_drawn_for_each_lesson() -> None:
     rule, generator = fastl2o.LSTMRule(4, 1), seeded()
     imitation = meta.Imitation(own_path=0.5, coordinates=3)
@@ -126,6 +133,7 @@ def test_a_rule_learns_adams_steps() -> None:
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"decay": 0.0}, "decay must be"),
         ({"coordinates": 0}, "coordinates must be"),
+        ({"schedule": "cosine"}, "schedule must be one of 'inverse_sqrt', 'linear'; got 'cosine'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

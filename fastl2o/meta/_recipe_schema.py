@@ -96,6 +96,7 @@ _IMITATION_KEYS: Keys = {
     "relative": (bool,),
     "own_path": (int, float),
     "coordinates": (int,),
+    "schedule": (str,),
 }
 _TOP_KEYS: Keys = {
     "name": (str,),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._checks import check_number
+from ._checks import check_choice, check_number
 from ._saved import check_tensor
 from .estimators import MetaGradient
 from .unroll import Progress, step_runs
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Imitation", "Lesson"]
 
 _EPS = 1e-8  # Adam's, as the authors use
+_SCHEDULES = ("inverse_sqrt", "linear")
+_LOWEST_SHARE = 0.05  # of Adam's rate that a linear fall leaves, so that every step teaches
 
 
 @dataclass
@@ -81,7 +83,10 @@ class Imitation:
         probability: chance that a batch of runs imitates.
         lr: Adam's rate, 0.01 in the paper's code.
         betas: Adam's decay rates.
-        decay: Adam's rate at step t = 1, 2, ... is lr / sqrt(1 + t / decay); None: lr throughout.
+        decay: how fast Adam's rate falls, in steps; None: it stays at lr.
+        schedule: how it falls, at step t = 1, 2, ...: "inverse_sqrt", lr / sqrt(1 + t / decay), for
+            runs of any length, or "linear", lr (1 - t / decay) but at least lr / 20, for runs
+            of ``decay`` steps.
         relative: steps are compared in units of Adam's rate, so that late steps count as much.
         own_path: chance that a batch of runs that imitates takes the rule's steps, not Adam's.
         coordinates: compare as many coordinates, drawn for each batch of runs; None for all.
@@ -98,6 +103,7 @@ class Imitation:
     relative: bool = False
     own_path: float = 0.0
     coordinates: int | None = None
+    schedule: str = "inverse_sqrt"
 
     def __post_init__(self) -> None:
         for name in ("probability", "own_path"):
@@ -111,6 +117,7 @@ class Imitation:
             check_number("betas", beta, minimum=0, below=1)
         if self.decay is not None:
             check_number("decay", self.decay, minimum=0, exclusive=True)
+        check_choice("schedule", self.schedule, _SCHEDULES)
         if self.coordinates is not None:
             check_number("coordinates", self.coordinates, minimum=1, integer=True)
 
@@ -120,7 +127,11 @@ class Imitation:
 
     def rate(self, count: int) -> float:
         """Adam's rate at its step number ``count`` = 1, 2, ..."""
-        return self.lr if self.decay is None else self.lr / math.sqrt(1 + count / self.decay)
+        if self.decay is None:
+            return self.lr
+        if self.schedule == "linear":
+            return self.lr * max(1 - count / self.decay, _LOWEST_SHARE)
+        return self.lr / math.sqrt(1 + count / self.decay)
 
     def begin(self, rule: Rule, progress: Progress, generator: torch.Generator) -> Lesson:
         """A lesson for runs that start; where only some coordinates follow, so does the state."""
