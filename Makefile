@@ -28,6 +28,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
 DEMO_STAMP := $(VENV)/.fastl2o-demo
 DEV_STAMP := $(VENV)/.fastl2o-dev
 OPS_STAMP := $(VENV)/.fastl2o-ops
+CUDA_STAMP := $(VENV)/.fastl2o-cuda
 CORE_STAMP := $(VENV)/.fastl2o-core
 CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
@@ -64,7 +65,7 @@ test-sanitize: $(DEV_STAMP)
 fuzz: $(DEV_STAMP) $(OPS_STAMP)
 	$(PY) -m tests.fuzz
 
-build: $(OPS_STAMP) $(CORE_STAMP)
+build: $(CUDA_STAMP) $(CORE_STAMP)
 
 bench: $(DEV_STAMP) build
 	$(BIN)/fastl2o bench
@@ -106,7 +107,7 @@ wheel: $(DEV_STAMP)
 
 clean:
 	rm -rf build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf *.egg-info fastl2o/*.so $(OPS_STAMP) $(CORE_STAMP)
+	rm -rf *.egg-info fastl2o/*.so $(OPS_STAMP) $(CUDA_STAMP) $(CORE_STAMP)
 	find fastl2o kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(PY):
@@ -138,7 +139,14 @@ $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	FASTL2O_CPP=0 $(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@ $(DEMO_STAMP)
 
+# CUDA kernels take minutes to compile, so whoever only uses the package gets them where torch can load
+# them; `make build` compiles them wherever there is nvcc.
 $(OPS_STAMP): $(CPP) setup.py pyproject.toml $(TORCH_STAMP)
+	FASTL2O_CUDA=$${FASTL2O_CUDA:-$$($(PY) -c 'import torch; print("auto" if torch.version.cuda else "0")')} \
+	  $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(CUDA_STAMP): $(OPS_STAMP)
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 

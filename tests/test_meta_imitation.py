@@ -84,6 +84,10 @@ def test_rate_falls_with_the_root_of_time() -> None:
     assert meta.Imitation(lr=0.02, decay=300.0).rate(900) == pytest.approx(0.01)
 
 
+def test_rate_falls_with_time() -> None:
+    assert meta.Imitation(lr=0.02, decay=300.0, schedule="inverse").rate(900) == 0.005
+
+
 def test_rate_falls_linearly_to_a_twentieth() -> None:
     linear = meta.Imitation(lr=0.02, decay=2000.0, schedule="linear")
     assert linear.rate(1000) == pytest.approx(0.01)
@@ -133,7 +137,7 @@ def test_a_rule_learns_adams_steps() -> None:
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"decay": 0.0}, "decay must be"),
         ({"coordinates": 0}, "coordinates must be"),
-        ({"schedule": "cosine"}, "schedule must be one of 'inverse_sqrt', 'linear'; got 'cosine'"),
+        ({"schedule": "cosine"}, "schedule must be one of 'inverse_sqrt', 'inverse', 'linear'; got 'cosine'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -85,6 +85,8 @@ def mnist(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name",
     [
+        "lstm-quadratic-start",
+        "lstm-quadratic-middle",
         "lstm-quadratic",
         "lstm-mnist-start",
         "lstm-mnist-middle",

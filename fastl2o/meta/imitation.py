@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Imitation", "Lesson"]
 
 _EPS = 1e-8  # Adam's, as the authors use
-_SCHEDULES = ("inverse_sqrt", "linear")
+_SCHEDULES = ("inverse_sqrt", "inverse", "linear")
 _LOWEST_SHARE = 0.05  # of Adam's rate that a linear fall leaves, so that every step teaches
 
 
@@ -84,9 +84,9 @@ class Imitation:
         lr: Adam's rate, 0.01 in the paper's code.
         betas: Adam's decay rates.
         decay: how fast Adam's rate falls, in steps; None: it stays at lr.
-        schedule: how it falls, at step t = 1, 2, ...: "inverse_sqrt", lr / sqrt(1 + t / decay), for
-            runs of any length, or "linear", lr (1 - t / decay) but at least lr / 20, for runs
-            of ``decay`` steps.
+        schedule: how it falls, at step t = 1, 2, ...: "inverse_sqrt", lr / sqrt(1 + t / decay), and
+            "inverse", lr / (1 + t / decay), for runs of any length, or "linear",
+            lr (1 - t / decay) but at least lr / 20, for runs of ``decay`` steps.
         relative: steps are compared in units of Adam's rate, so that late steps count as much.
         own_path: chance that a batch of runs that imitates takes the rule's steps, not Adam's.
         coordinates: compare as many coordinates, drawn for each batch of runs; None for all.
@@ -131,7 +131,8 @@ class Imitation:
             return self.lr
         if self.schedule == "linear":
             return self.lr * max(1 - count / self.decay, _LOWEST_SHARE)
-        return self.lr / math.sqrt(1 + count / self.decay)
+        slower = 1 + count / self.decay
+        return self.lr / (slower if self.schedule == "inverse" else math.sqrt(slower))
 
     def begin(self, rule: Rule, progress: Progress, generator: torch.Generator) -> Lesson:
         """A lesson for runs that start; where only some coordinates follow, so does the state."""
