@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import backends
 from ._ops_gpu import capability_refusal
+from ._ops_nonfinite import first_nonfinite, scratch
+from ._ops_reference import NONFINITE, nonfinite_message
 from .rules import HierarchicalRule
 
 Named = dict[str, Any]
@@ -55,7 +57,7 @@ def objections(rule: HierarchicalRule, device: torch.device) -> Callable[[str], 
 def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
     """The in-place step; `named` holds the arguments of the op's schema, shapes checked."""
     if named["meta"].dim() == 2:
-        for one in _each_problem(named):
+        for one in _each_problem(_looked_at(named)):
             step_(backend, rule, one)
         return
     lists = ("params", "grads", "planes", "tensor_states", "steps", "global_states", "problems")
@@ -67,6 +69,18 @@ def step_(backend: str, rule: HierarchicalRule, named: Named) -> None:
         return
     step = import_module("fastl2o.kernels.hierarchical.step")
     step.step_(rule, *before, *after)
+
+
+def _looked_at(named: Named) -> Named:
+    """A step of several calls, none of which is to refuse a gradient after another has stepped."""
+    if named["nonfinite"] != NONFINITE["raise"]:
+        return named
+    found_inf = named["found_inf"]
+    if found_inf is None or found_inf.item() == 0.0:
+        index = first_nonfinite(named["grads"], scratch())
+        if index is not None:
+            raise RuntimeError(nonfinite_message(index))
+    return {**named, "nonfinite": NONFINITE["pass"]}
 
 
 def _each_problem(named: Named) -> Iterator[Named]:

@@ -13,7 +13,13 @@ import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer
 from kernels.hierarchical.config import StepConfig
 from tests.optimizers import run_steps, snapshot
-from tests.test_hierarchical_ops import Problem, close, problems_are_apart, skipped_tensors_rest
+from tests.test_hierarchical_ops import (
+    Problem,
+    close,
+    problems_are_apart,
+    refused_rows_change_nothing,
+    skipped_tensors_rest,
+)
 from tests.test_hierarchical_rule import detached, make
 
 # NaN and Inf go through on purpose; NumPy, which the interpreter computes with, remarks on them.
@@ -141,6 +147,10 @@ def test_found_inf_and_refused_gradients_change_nothing(nonfinite: str) -> None:
     with pytest.raises(ValueError, match="problems"):
         mine.step(rule, mine.draw(), problems=[0, 1])
     assert all(torch.equal(a, b) for a, b in zip(before, mine.everything(), strict=True))
+
+
+def test_rows_of_meta_parameters_refused_change_nothing() -> None:
+    refused_rows_change_nothing("triton")
 
 
 def test_tables_are_kept_while_addresses_stay() -> None:

@@ -317,3 +317,37 @@ def test_rows_of_meta_parameters_step_each_problem_by_its_own(
         exactly = {} if backend == "reference" else {"rtol": 0, "atol": 0}
         for one, two in zip(alone.everything(), other.everything(), strict=True):
             torch.testing.assert_close(one, two, **exactly)
+
+
+def refused_rows_change_nothing(backend: str) -> None:
+    """A call with meta-parameters for each problem whose second problem's gradients hold NaN."""
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    problems = [Problem(rule, [(9,), (33,)], seed=seed) for seed in (1, 2)]
+    hidden = torch.cat([problem.hidden for problem in problems])
+    mine = [tensor for problem in problems for tensor in problem.everything()[:-1]] + [hidden]
+    # in the caller's order, which need not be that of the problems
+    order = [(1, 0), (0, 0), (1, 1), (0, 1)]
+    lists = [
+        [getattr(problems[number], name)[index] for number, index in order]
+        for name in ("params", "planes", "tensors", "steps")
+    ]
+    grads = [torch.ones_like(param) for param in lists[0]]
+    grads[2][7] = torch.nan
+    before = [tensor.clone() for tensor in mine]
+
+    def step(**options: Any) -> None:
+        hierarchical.step_(
+            rule, lists[0], grads, *lists[1:], hidden, problems=[1, 0, 1, 0], lr=[1.0] * 4,
+            weight_decay=[0.0] * 4, meta=rule.flat_parameters().detach().repeat(2, 1), **options,
+        )  # fmt: skip
+
+    with fastl2o.backend(backend):
+        step(found_inf=torch.ones(()))
+        with pytest.raises(RuntimeError, match="gradient 2 of the list holds NaN or Inf"):
+            step()
+    assert all(torch.equal(a, b) for a, b in zip(before, mine, strict=True))
+
+
+@over_backends
+def test_rows_of_meta_parameters_refused_change_nothing(backend: str) -> None:
+    refused_rows_change_nothing(backend)
