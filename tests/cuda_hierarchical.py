@@ -14,7 +14,7 @@ from fastl2o.rules.hierarchical import HierarchicalRule
 from tests import cuda_step
 from tests.hierarchical_cpu import Problem
 
-SWEEP_THREADS, LEVEL_THREADS, PROBLEM_THREADS = 128, 256, 512
+SWEEP_THREADS, LEVEL_THREADS = 128, 256
 MOST_LAUNCHES = 8
 SWEEPS = {torch.float32: "sweep_kernelIfLb0EE", torch.bfloat16: "sweep_kernelItLb0EE"}
 ROUNDING_SWEEP = "sweep_kernelItLb1EE"
@@ -177,7 +177,7 @@ def step_(
         if nonfinite:
             launch("hierarchical_scan_kernel", grid, LEVEL_THREADS, args, flags, flags[count:])
         if made.listed:
-            launch("hierarchical_problems_kernel", rows, PROBLEM_THREADS, args)
+            launch("hierarchical_problems_kernel", rows, LEVEL_THREADS, args)
         sweep = SWEEPS[problem.planes[0].dtype] if rounding_seed is None else ROUNDING_SWEEP
         launch(sweep, grid, SWEEP_THREADS, args)
         launch("hierarchical_tensors_kernel", grid, LEVEL_THREADS, args)

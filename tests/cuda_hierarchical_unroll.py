@@ -164,8 +164,8 @@ def unroll_backward(
             launch(step_kernels, "hierarchical_send_kernel", 1, LEVEL_THREADS, step_args)
         elif command.kind == REPLAY:
             if listed:
-                threads = cuda_hierarchical.PROBLEM_THREADS
-                launch(step_kernels, "hierarchical_problems_kernel", blocks, threads, step_args)
+                name = "hierarchical_problems_kernel"
+                launch(step_kernels, name, blocks, LEVEL_THREADS, step_args)
             sweep = cuda_hierarchical.SWEEPS[torch.float32]
             launch(step_kernels, sweep, 2, cuda_hierarchical.SWEEP_THREADS, step_args)
             for name, grid in (("tensors", 2), ("apply", blocks)):

@@ -9,7 +9,6 @@
 namespace fastl2o::cuda {
 namespace {
 
-constexpr int kProblemThreads = 512;
 constexpr int kApplyBlocks = 4;  // a multiprocessor
 
 // Entries on their way to the list.
@@ -37,27 +36,15 @@ __global__ void __launch_bounds__(kLevelThreads)
 }
 
 // What each problem's tensors share, where a warp of the sweep cannot look at all tensors itself.
-__global__ void __launch_bounds__(kProblemThreads)
+__global__ void __launch_bounds__(kLevelThreads)
     hierarchical_problems_kernel(const __grid_constant__ HierarchicalArgs args) {
-  __shared__ RateSum sums[kProblemThreads / 32];
   if (rests(args)) return;
   const HierarchicalEntry* const entries = entries_of(args);
-  const int problem = blockIdx.x, lane = threadIdx.x % 32;
-  const Range range = problem_entries(args, problem);
-  RateSum sum;
-  // A problem that fits a launch's arguments is summed as a warp of the sweep does it there: its
-  // bits do not depend on the company it has.
-  const int adding = range.last - range.first <= kEntries ? 32 : kProblemThreads;
-  if (int(threadIdx.x) < adding)
-    for (int i = range.first + int(threadIdx.x); i < range.last; i += adding)
-      sum.add(args, entries[i]);
-  sum.add_lanes();
-  if (lane == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  sum = lane < kProblemThreads / 32 ? sums[lane] : RateSum{};
-  sum.add_lanes();
-  args.problem_values[int64_t(problem) * 32 + lane] = problem_value(args, problem, lane, sum);
+  const int problem = blockIdx.x, lane = threadIdx.x;
+  const RateSum rates = sum_rates<kLevelThreads>(
+      problem_entries(args, problem), [&](RateSum& sum, int i) { sum.add(args, entries[i]); });
+  if (lane < 32)
+    args.problem_values[int64_t(problem) * 32 + lane] = problem_value(args, problem, lane, rates);
 }
 
 // The workspace's list of all entries.
@@ -99,7 +86,7 @@ int hierarchical_step(const HierarchicalPlan& plan, const float* meta, float* gl
   if (options.nonfinite != 0)
     launch(hierarchical_scan_kernel, launch.grid(units, kApplyBlocks), kLevelThreads, args,
            options.nonfinite_flags, options.nonfinite_flags + count);
-  if (plan.listed()) launch(hierarchical_problems_kernel, problems, kProblemThreads, args);
+  if (plan.listed()) launch(hierarchical_problems_kernel, problems, kLevelThreads, args);
   launch_sweep(options.planes_dtype == DType::f32 ? hierarchical_sweep_kernel<float, false>
                : options.stochastic_rounding      ? hierarchical_sweep_kernel<bf16, true>
                                                   : hierarchical_sweep_kernel<bf16, false>,
@@ -118,7 +105,7 @@ int hierarchical_send(const HierarchicalPlan& plan, const HierarchicalArgs& args
 int hierarchical_replay(const HierarchicalArgs& args, void* stream) {
   Launcher launch(stream);
   if (args.list != nullptr)
-    launch(hierarchical_problems_kernel, args.problems, kProblemThreads, args);
+    launch(hierarchical_problems_kernel, args.problems, kLevelThreads, args);
   launch_sweep(hierarchical_sweep_kernel<float, false>, args, launch);
   // Without blocks for the parameters, only the global states.
   launch(hierarchical_apply_kernel, args.problems, kLevelThreads, args);

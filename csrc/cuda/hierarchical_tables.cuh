@@ -107,6 +107,26 @@ struct RateSum {
   }
 };
 
+// Over a problem's entries, of which add(sum, entry) adds one, by a whole block of Threads. The
+// order depends on their number alone: as many as fit a launch's arguments are added as a warp does
+// it in problem_values, so that a problem's bits do not depend on the company it has.
+template <int Threads, typename Add>
+__device__ __forceinline__ RateSum sum_rates(Range range, Add add) {
+  __shared__ RateSum sums[Threads / 32];
+  const int lane = threadIdx.x % 32;
+  const int adding = range.last - range.first <= kEntries ? 32 : Threads;
+  RateSum sum;
+  if (int(threadIdx.x) < adding)
+    for (int i = range.first + int(threadIdx.x); i < range.last; i += adding) add(sum, i);
+  sum.add_lanes();
+  if (lane == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = lane < Threads / 32 ? sums[lane] : RateSum{};
+  __syncthreads();
+  sum.add_lanes();
+  return sum;
+}
+
 // What all tensors of a problem inject into the parameters' GRU at a preactivation (r, u, c): its
 // bias, those of the maps, and the global state's part. Then, as one more row, their mean log rate.
 template <typename Args>

@@ -115,15 +115,15 @@ __device__ inline void global_backward(const HierarchicalWindowArgs& args, int p
     if (thread < kGlobalUnits) d_next += d_global[thread];
   }
   RateSum rates, centred;
-  if (thread < 32) {
-    for (int i = range.first + thread; i < range.last; i += 32) {
-      const HierarchicalEntry& entry = args.list[i];
-      if (!args.closing) rates.add(entry.numel, before_of(args, entry.state)[kTensorUnits]);
-      if (args.follows) centred.rates += double(gradient_of(args, entry.state)[kTensorUnits]);
-    }
-    rates.add_lanes();
-    centred.add_lanes();
-  }
+  // In the replay's order: the features are to be those of its step to the last bit.
+  if (!args.closing)
+    rates = sum_rates<kLevelThreads>(range, [&](RateSum& sum, int i) {
+      sum.add(args.list[i].numel, before_of(args, args.list[i].state)[kTensorUnits]);
+    });
+  if (args.follows)
+    centred = sum_rates<kLevelThreads>(range, [&](RateSum& sum, int i) {
+      sum.rates += double(gradient_of(args, args.list[i].state)[kTensorUnits]);
+    });
   const float d_rate = -float(centred.rates) / float(args.coordinates);
   if (args.closing) {
     if (thread < kGlobalUnits)

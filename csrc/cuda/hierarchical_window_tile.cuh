@@ -1,5 +1,7 @@
 // The hierarchical window backward over the parameters: a step's features, GRU and readouts,
-// computed anew, and back.
+// computed anew, and back. Up to the direction the arithmetic is that of the forward sweep to the
+// last bit: where a tensor has few coordinates the gradient of the direction is a difference of
+// almost equal numbers, of which the forward sweep's direction made one and this one the other.
 //
 // A lane holds a coordinate. What products over a tile need lies in shared memory, a row of 32
 // coordinates a number; a lane then adds up one gate's weights over the tile.
@@ -151,13 +153,14 @@ struct WindowTile {
       split_float(own.square, exponent, mantissa);
       if (s == 0) first_exponent = exponent;
       logs[s] = log2_approx(mantissa) + fmaf(own.square, 0.0f, float(exponent - first_exponent));
-      mean += logs[s] * (1.0f / kScales);
+      mean += logs[s];
       average_decay = next_decay(average_decay);
     }
 #pragma unroll
     for (int s = 0; s + 1 < kScales; ++s) x[kScales + s] = x[s] * x[s + 1];
 #pragma unroll
-    for (int s = 0; s < kScales; ++s) x[2 * kScales - 1 + s] = kLn2 * (logs[s] - mean);
+    for (int s = 0; s < kScales; ++s)
+      x[2 * kScales - 1 + s] = fmaf(logs[s], kLn2, mean * (-kLn2 / kScales));
     x[kInputs - 1] = rate - told[kMeanRate];
   }
 
@@ -247,14 +250,14 @@ struct WindowTile {
     for (int k = 0; k < kUnits; ++k) reset[k] = at(kResetRow + k);
 #pragma unroll 1
     for (int k = 0; k < kUnits; ++k) {
-      const float u = sigmoid(product(kUpdateRow + k, x, h));
-      const float c = tanh_accurate(product(kCandidateRow + k, x, reset));
+      const float update = product(kUpdateRow + k, x, h);
+      const float candidate = product(kCandidateRow + k, x, reset);
       const float2 weight = readouts(kCandidateRow + k);
-      const float next = fmaf(u, at(kStateRow + k) - c, c);
+      const float next = next_unit(update, candidate, at(kStateRow + k));
       direction = fmaf(weight.x, next, direction);
       eta = fmaf(weight.y, next, eta);
-      at(kUpdateRow + k) = u;
-      at(kCandidateRow + k) = c;
+      at(kUpdateRow + k) = sigmoid(update);
+      at(kCandidateRow + k) = tanh_accurate(candidate);
       at(kNewRow + k) = next;
     }
     readouts_backward(rate, direction, eta);
