@@ -24,9 +24,9 @@ class Launcher {
   cudaError_t error() const { return error_; }
   cudaStream_t stream() const { return stream_; }
 
-  // At most `blocks` a multiprocessor.
+  // At most `blocks` a multiprocessor; 1 after an error, when no multiprocessors may be known.
   int grid(int64_t units, int blocks) const {
-    return int(std::clamp<int64_t>(units, 1, int64_t(blocks) * multiprocessors_));
+    return int(std::max<int64_t>(1, std::min(units, int64_t(blocks) * multiprocessors_)));
   }
 
   template <typename... Parameters, typename... Arguments>
