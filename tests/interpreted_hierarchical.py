@@ -164,6 +164,48 @@ def test_tables_are_kept_while_addresses_stay() -> None:
     assert plans[0] is not plans[2]
 
 
+def test_rules_of_other_sizes_do_not_share_tables() -> None:
+    rules = [make(*sizes, dtype=torch.float32) for sizes in ((3, 4, 5, 2), (6, 4, 5, 1))]
+    assert rules[0].num_sums == rules[1].num_sums
+    mine = Problem(rules[0], [(9,)])  # where another optimizer's tensors lay before
+    lists = (mine.params, mine.params, mine.planes, mine.tensors, mine.steps)
+    for rule in rules:
+        assert step.plan_of(rule, *lists, []).injected.shape[1] == 3 * rule.param_size
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_changed_lr_makes_no_one_wait_for_its_copy(
+    capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine = Problem(rule, [(9,)])
+    lists = (mine.params, mine.params, mine.planes, mine.tensors, mine.steps)
+    plan, copies, kept = step.plan_of(rule, *lists, []), [], []
+    made = torch.tensor
+
+    def pinned(rows: Any, *, dtype: torch.dtype, pin_memory: bool = False) -> Tensor:
+        table = made(rows, dtype=dtype)
+        copies.append((table, pin_memory))
+        return table
+
+    class OnDevice:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+        def copy_(self, table: Tensor, non_blocking: bool = False) -> None:
+            assert (table, True) == (copies[-1][0], non_blocking)
+
+    monkeypatch.setattr(torch, "tensor", pinned)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(step, "_captured", kept)
+    monkeypatch.setattr(plan, "rates", OnDevice())
+    for lr in (0.5, 0.5, 0.25):
+        plan.set_rates([lr], [0.0])
+    tables = [table for table, pin_memory in copies if pin_memory]
+    assert [table[0, 2].item() for table in tables] == [0.5, 0.25]
+    # what a graph is to read again must not be freed
+    assert [id(table) for table in kept] == [id(table) for table in tables if capturing]
+
+
 def test_sizes_without_kernels_are_refused() -> None:
     rule = HierarchicalRule(param_size=17)
     mine = Problem(rule, [(9,)])

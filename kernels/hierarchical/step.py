@@ -72,13 +72,23 @@ class Plan:
                 (*high_low(1.0 - rate * decay), *high_low(rate))
                 for rate, decay in zip(lr, weight_decay, strict=True)
             ]
-            self.rates.copy_(torch.tensor(rows, dtype=torch.float32))
+            table = torch.tensor(rows, dtype=torch.float32, pin_memory=self.rates.is_cuda)
+            # Nothing waits for a copy from pinned memory, which a capture may hold too.
+            self.rates.copy_(table, non_blocking=True)
             self.values = values
+            if capturing(self.rates.device):
+                _captured.append(table)
 
 
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_captured: list[Plan] = []
+# What graphs read when they are replayed: it must outlive the cache.
+_captured: list[Any] = []
 _lock = threading.Lock()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches go to a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def make_plan(
@@ -153,7 +163,7 @@ def plan_of(
     dtypes = tuple(param.dtype for param in params)
     device = params[0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (rows, levels, dtypes, device, stream, rule.num_sums)
+    key = (rows, levels, dtypes, device, stream, *constants(rule).values())
     with _lock:
         plan = _plans.get(key)
         if plan is None:
@@ -161,8 +171,7 @@ def plan_of(
             if len(_plans) > MAX_PLANS:
                 _plans.popitem(last=False)
         _plans.move_to_end(key)
-        # A graph replays the addresses of its tables: these must outlive the cache.
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             _captured.append(plan)
     return plan
 
