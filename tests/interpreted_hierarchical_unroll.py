@@ -53,6 +53,17 @@ def test_empty_windows() -> None:
     assert d_state.shape == state.shape
 
 
+@pytest.mark.parametrize("weight", [torch.inf, torch.nan])
+def test_the_weight_of_a_gradient_that_no_step_follows_does_not_count(weight: float) -> None:
+    rule = make(3, 4, 5, 2, dtype=torch.float32)
+    state = rule.init_runs(torch.zeros(2, 5), (5,))
+    with fastl2o.backend("triton"):
+        gradients = ops.unroll_backward(
+            rule, torch.ones(1, 2, 5), state, torch.full((1, 2), weight), steps=1, sizes=(5,)
+        )
+    assert all(torch.equal(each, torch.zeros_like(each)) for each in gradients)
+
+
 def test_truncated_bptt_goes_through_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     made = window.Window.run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,13 +55,28 @@ class Executed:
         return launch
 
 
-@pytest.fixture
-def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Counts of each kernel's last launch; memory is filled with NaN before kernels run."""
-    from kernels.hierarchical import step_kernels, window, window_kernels
+class Asked:
+    """Stands for a kernel; its launches record what Triton would compile of it for tensors."""
+
+    def __init__(self, kernel: Any, variants: dict[str, set[Any]]) -> None:
+        self.kernel, self.seen = kernel, variants.setdefault(kernel.__name__, set())
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            aligned = tuple(
+                parameter.do_not_specialize_on_alignment or argument.data_ptr() % 16 == 0
+                for parameter, argument in zip(self.kernel.params, arguments, strict=False)
+                if isinstance(argument, Tensor)
+            )
+            self.seen.add((aligned, tuple(options.items())))
+
+        return launch
+
+
+def replace_kernels(monkeypatch: pytest.MonkeyPatch, stand_in: Callable[[Any], Any]) -> None:
+    from kernels.hierarchical import step_kernels, window_kernels
     from kernels.lstm import window_kernels as lstm_kernels
 
-    counts: dict[str, Any] = {}
     for module, names in (
         (step_kernels, ("sweep", "tensor_level", "apply")),
         (
@@ -70,9 +86,18 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (lstm_kernels, ("add_partials",)),
     ):
         for name in names:
-            monkeypatch.setattr(
-                module, name, Executed(getattr(module, name), counts, name in CHECKED)
-            )
+            monkeypatch.setattr(module, name, stand_in(getattr(module, name)))
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Counts of each kernel's last launch; memory is filled with NaN before kernels run."""
+    from kernels.hierarchical import window
+
+    counts: dict[str, Any] = {}
+    replace_kernels(
+        monkeypatch, lambda kernel: Executed(kernel, counts, kernel.__name__ in CHECKED)
+    )
     monkeypatch.setattr(window, "address", gpu_common.device_address)
     gpu_common.poison_new_empty(monkeypatch)
     return counts
@@ -110,6 +135,22 @@ def test_memory_traffic_of_a_step_back_is_the_least_possible(executed: dict[str,
     # adjoint before a window's last step is not read.
     for name, least in (("advance_adjoint", 12), ("sweep_backward", 236)):
         assert least <= (large[name] - small[name]) / 64 <= 1.01 * least
+
+
+@pytest.mark.parametrize("sizes", [(10, 20, 20, 4), (3, 4, 5, 2)], ids=str)
+def test_steps_whose_tensors_lie_elsewhere_share_a_compiled_kernel(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels.hierarchical import window
+    from kernels.hierarchical.config import WindowConfig
+
+    variants: dict[str, set[Any]] = {}
+    replace_kernels(monkeypatch, lambda kernel: Asked(kernel, variants))
+    monkeypatch.setattr(window, "window_config", lambda *asked: WindowConfig(32, 1024, 3, 2))
+    rule = make_rule(sizes)
+    run(rule, make_window(rule, (65, 5, 3), 5, 3, 1, True))
+    assert len(variants.pop("add_partials")) == 2  # of either level's gradient
+    assert {name: len(seen) for name, seen in variants.items()} == dict.fromkeys(variants, 1)
 
 
 @pytest.mark.parametrize("architecture", gpu_common.ARCHITECTURES)

@@ -24,6 +24,9 @@ from . import cells
 RMS_EPS = tl.constexpr(1e-16)
 SQUARE_EPS = tl.constexpr(1e-12)
 LOG_RATE_LIMIT = tl.constexpr(33.0)
+# Arguments that in a window are parts of larger tensors, at an address that changes from step to
+# step. They are read a number a lane, so a kernel for each alignment would be compiled for nothing.
+ANYWHERE = ["tensors", "levels", "hidden", "raw", "inverse_rms"]
 
 
 @triton.jit
@@ -139,7 +142,8 @@ def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexp
 
 
 @triton.jit(
-    do_not_specialize=["tensors_total", "chunks_total", "programs", "seed_low", "seed_high"]
+    do_not_specialize=["tensors_total", "chunks_total", "programs", "seed_low", "seed_high"],
+    do_not_specialize_on_alignment=ANYWHERE,
 )
 def sweep(
     tensors, levels, chunks, meta, hidden, injected, raw, partials, grad_scale, found_inf, flags,
@@ -257,7 +261,7 @@ def sweep(
         tl.store(partials + number * SUMS + sum_index, sums, sum_index < SUMS)
 
 
-@triton.jit(do_not_specialize=["chunks_total"])
+@triton.jit(do_not_specialize=["chunks_total"], do_not_specialize_on_alignment=ANYWHERE)
 def tensor_level(
     tensors, levels, meta, hidden, partials, inverse_rms, found_inf, flags,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
@@ -337,7 +341,10 @@ def global_level(
         tl.store(z + out, new, out < G)
 
 
-@triton.jit(do_not_specialize=["tensors_total", "chunks_total", "programs"])
+@triton.jit(
+    do_not_specialize=["tensors_total", "chunks_total", "programs"],
+    do_not_specialize_on_alignment=ANYWHERE,
+)
 def apply(
     tensors, levels, chunks, meta, hidden, raw, inverse_rms, rates, found_inf, flags,
     tensors_total, chunks_total, programs, chunk,

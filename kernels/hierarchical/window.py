@@ -44,7 +44,7 @@ class Replay:
             their gradients; global states are apart.
         hidden: `(segment + 1, R, global_size)`.
         raw: `(segment, R * D)`.
-        sums: `(segment, chunks, num_sums)`.
+        sums: `(segment, ..)`, of each step first `(chunks, num_sums)`.
         inverse_rms: `(segment, tensors)`.
         taken: `(T,)`, steps taken before each.
     """
@@ -122,12 +122,14 @@ class Window:
                 at_planes += size * rule.state_planes * FLOAT
                 at_state += (rule.tensor_size + 1) * FLOAT
         plan = make_plan(rule, table, levels, [state.dtype] * len(table), state.device)
+        # Each step's begin where rows of sums can be read four numbers at once.
+        sums = -(-plan.partials.numel() // 4) * 4
         return Replay(
             plan,
             rows,
             hidden,
             state.new_empty((segment, self.runs * self.coordinates)),
-            state.new_empty((segment, *plan.partials.shape)),
+            state.new_empty((segment, sums)),
             state.new_empty((segment, len(table))),
             taken,
         )

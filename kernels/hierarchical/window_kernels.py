@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..lstm.cells import number
 from . import cells
-from .step_kernels import inject, mean_log_rate, state_of
+from .step_kernels import ANYWHERE, inject, mean_log_rate, state_of
 from .window_sweep import down, place, row
 from .window_tile import add_gradients, backward_tile, forward_tile
 
@@ -50,7 +50,10 @@ def level_work(name, P, T, G, S):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunk", "recorded", "follows"])
+@triton.jit(
+    do_not_specialize=["chunk", "recorded", "follows"],
+    do_not_specialize_on_alignment=[*ANYWHERE, "grads", "loss_weights"],
+)
 def advance_adjoint(
     tensors, levels, chunks, grads, loss_weights, raw, adjoint, products, chunk,
     recorded, follows, lr, keep, BLOCK: tl.constexpr,
@@ -65,7 +68,8 @@ def advance_adjoint(
     first = tl.load(chunks + 2 * chunk_number + 1)
     end = tl.minimum(first + chunk, tl.load(tensors + tensor * 5 + 4))
     at = tl.load(levels + tensor * 5 + 2)
-    weight = tl.load(loss_weights + tl.load(levels + tensor * 5 + 1))
+    # 0 without a gradient: what no one asked for may be NaN or Inf.
+    weight = tl.load(loss_weights + tl.load(levels + tensor * 5 + 1), recorded != 0, 0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, end, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
@@ -77,7 +81,10 @@ def advance_adjoint(
     tl.store(products + chunk_number, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["tensors_total", "count"])
+@triton.jit(
+    do_not_specialize=["tensors_total", "count"],
+    do_not_specialize_on_alignment=[*ANYWHERE, "new_levels"],
+)
 def levels_backward(
     tensors, levels, new_levels, meta, hidden, flags, partials, inverse_rms, products,
     d_state, d_hidden, d_centred, d_state_out, d_hidden_out, down_rows, work_rows, d_meta,
@@ -182,7 +189,9 @@ def levels_backward(
     tl.store(rates + 4, lr)
 
 
-@triton.jit(do_not_specialize=["chunks_total", "programs", "chunk"])
+@triton.jit(
+    do_not_specialize=["chunks_total", "programs", "chunk"], do_not_specialize_on_alignment=ANYWHERE
+)
 def sweep_backward(
     tensors, d_tensors, levels, chunks, meta, down_rows, adjoint, step_sums, partials, scratch,
     chunks_total, programs, chunk,
@@ -223,7 +232,7 @@ def sweep_backward(
             add_gradients(partial, step_sums + chunk_number * SUMS, work, P, T, G, S, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def injected_backward(
     levels, meta, hidden, step_sums, d_state_in, d_hidden_in, d_state, d_hidden, d_centred, d_meta,
     P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr, META: tl.constexpr,
