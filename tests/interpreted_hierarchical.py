@@ -192,7 +192,8 @@ def test_a_changed_lr_makes_no_one_wait_for_its_copy(
         is_cuda, device = True, torch.device("cuda", 0)
 
         def copy_(self, table: Tensor, non_blocking: bool = False) -> None:
-            assert (table, True) == (copies[-1][0], non_blocking)
+            assert table is copies[-1][0]
+            assert non_blocking
 
     monkeypatch.setattr(torch, "tensor", pinned)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
