@@ -137,7 +137,10 @@ def test_a_rule_learns_adams_steps() -> None:
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"decay": 0.0}, "decay must be"),
         ({"coordinates": 0}, "coordinates must be"),
-        ({"schedule": "cosine"}, "schedule must be one of 'inverse_sqrt', 'inverse', 'linear'; got 'cosine'"),
+        (
+            {"schedule": "cosine"},
+            "schedule must be one of 'inverse_sqrt', 'inverse', 'linear'; got 'cosine'",
+        ),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
