@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def runs_step_(
     # Where the lists of a step are no matter beside it, on GPUs and in the reference, they serve.
     if (
         family is None
-        or any(tensor.dtype != torch.float32 for tensor in tensors)
+        or {tensor.dtype for tensor in tensors} != {torch.float32}
         or backends.choose(params.device, "") != "cpu"
     ):
         counts = torch.full((len(params),), float(step))
@@ -49,7 +51,8 @@ def runs_step_(
         )  # fmt: skip
         return
     taken = (int(step),) if rule.needs_step else ()
-    with torch.no_grad():
+    # entering no_grad again costs more than asking
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         family.runs_step_(
             params, grads, states, *taken, meta, *family.arguments(rule), lr, weight_decay
         )
