@@ -33,7 +33,8 @@ class _QuadraticRun(VmapRun):
         residual = torch.baddbmm(
             target.unsqueeze(1), points.transpose(0, 1), matrix.transpose(1, 2), beta=-1
         )  # (R, K, dim)
-        grads = torch.bmm(residual, matrix).transpose(0, 1).mul(2).contiguous()
+        grads = torch.baddbmm(residual, residual, matrix, beta=0, alpha=2)
+        grads = grads.transpose(0, 1).contiguous()
         return residual.square().sum(dim=2).t().contiguous(), grads
 
 
