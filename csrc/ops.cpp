@@ -136,6 +136,29 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
   fastl2o::check_finite(bad);
 }
 
+// The lists of run_step as whole tensors: of runs of ten coordinates each, taking in the lists
+// would take longer than the step.
+void run_runs_step(const RuleConfig& config, const Tensor& params, const Tensor& grads,
+                   const Tensor& states, double step, const Tensor& meta, double lr,
+                   double weight_decay) {
+  check_floats(params, "params");
+  check_floats(grads, "grads");
+  check_floats(states, "states");
+  STD_TORCH_CHECK(params.dim() == 2 && has_shape(grads, params, 0),
+                  "params and grads must be of one shape, (runs, coordinates)");
+  const int64_t runs = params.size(0), dim = params.size(1);
+  STD_TORCH_CHECK(states.dim() == 3 && states.size(0) == runs &&
+                      states.size(1) == config.state_planes() && states.size(2) == dim,
+                  "states must be (", runs, ", ", config.state_planes(), ", ", dim, ")");
+  STD_TORCH_CHECK(meta.dim() == 2 && meta.size(0) == runs, "meta must have ", runs,
+                  " rows, one for each run");
+  check_config(config, meta, runs);
+  fastl2o::cpu::step_runs(
+      fastl2o::cpu::best_kernels(), config, floats(meta),
+      {runs, dim, step, mutable_floats(params), floats(grads), mutable_floats(states)}, lr,
+      weight_decay, parallel_for);
+}
+
 std::tuple<Tensor, Tensor> run_functional(const RuleConfig& config, const Tensor& grad,
                                           const Tensor& state, double step, const Tensor& meta) {
   check_config(config, meta);
@@ -223,10 +246,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastl2o, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastl2o, CPU, m) {
   m.impl("lstm_step_", TORCH_BOX(&lstm_step_));
+  m.impl("lstm_runs_step_", TORCH_BOX(&lstm_runs_step_));
   m.impl("lstm_step", TORCH_BOX(&lstm_step));
   m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward));
   m.impl("lstm_unroll_backward", TORCH_BOX(&lstm_unroll_backward));
   m.impl("rnnprop_step_", TORCH_BOX(&rnnprop_step_));
+  m.impl("rnnprop_runs_step_", TORCH_BOX(&rnnprop_runs_step_));
   m.impl("rnnprop_step", TORCH_BOX(&rnnprop_step));
   m.impl("rnnprop_step_backward", TORCH_BOX(&rnnprop_step_backward));
   m.impl("rnnprop_unroll_backward", TORCH_BOX(&rnnprop_unroll_backward));

@@ -21,6 +21,20 @@ void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
            found_inf, rounding_seed);
 }
 
+void lstm_runs_step_(Tensor params, Tensor grads, Tensor states, Tensor meta, int64_t hidden_size,
+                     int64_t num_layers, bool log_sign, double p, double eps, double output_scale,
+                     double lr, double weight_decay) {
+  run_runs_step(lstm_config(hidden_size, num_layers, log_sign, p, eps, output_scale), params, grads,
+                states, 0.0, meta, lr, weight_decay);
+}
+
+void rnnprop_runs_step_(Tensor params, Tensor grads, Tensor states, int64_t step, Tensor meta,
+                        int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
+                        double step_size, double lr, double weight_decay) {
+  run_runs_step(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size), params, grads,
+                states, double(step), meta, lr, weight_decay);
+}
+
 std::tuple<Tensor, Tensor> lstm_step(Tensor grad, Tensor state, Tensor meta, int64_t hidden_size,
                                      int64_t num_layers, bool log_sign, double p, double eps,
                                      double output_scale) {

@@ -21,6 +21,7 @@ class Family(NamedTuple):
     """The ops of a rule family, and how a rule's config becomes their arguments."""
 
     step_: Callable[..., None]
+    runs_step_: Callable[..., None]
     step: Callable[..., tuple[Tensor, Tensor]]
     step_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     unroll_backward: Callable[..., tuple[Tensor, Tensor]]
@@ -154,6 +155,30 @@ def _define_step_(signature: _Signature) -> Any:
     return define(f"{signature.family}_step_", schema, default, lambda named: None, gpu)
 
 
+def _define_runs_step_(signature: _Signature) -> Any:
+    step = "int step, " if signature.needs_step else ""
+    schema = (
+        f"(Tensor(a!) params, Tensor grads, Tensor(b!) states, {step}Tensor meta, "
+        f"{signature.schema}, float lr, float weight_decay) -> ()"
+    )
+
+    def default(named: Named) -> None:
+        reference.runs_step_(
+            _rule(signature, named),
+            named["params"],
+            named["grads"],
+            named["states"],
+            named.get("step", 0),
+            named["meta"],
+            named["lr"],
+            named["weight_decay"],
+        )
+
+    # GPUs are sent lists, by fastl2o.ops.runs_step_, since they launch run by run.
+    name = f"{signature.family}_runs_step_"
+    return define(name, schema, default, lambda named: None, default)
+
+
 def _define_step_backward(signature: _Signature) -> Any:
     step = "int step, " if signature.needs_step else ""
     schema = (
@@ -254,6 +279,7 @@ def _define_family(signature: _Signature) -> Family:
     step_backward = _define_step_backward(signature)
     return Family(
         step_=_define_step_(signature),
+        runs_step_=_define_runs_step_(signature),
         step=_define_step(signature, step_backward),
         step_backward=step_backward,
         unroll_backward=_define_unroll_backward(signature),

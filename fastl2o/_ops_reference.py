@@ -161,6 +161,23 @@ def step_(
         )
 
 
+def runs_step_(
+    rule: CoordinateRule,
+    params: Tensor,
+    grads: Tensor,
+    states: Tensor,
+    step: int,
+    meta: Tensor,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """The step of runs `(R, D)`, run by run; see `fastl2o._ops_runs` for the arguments."""
+    lists = (list(params), list(grads), list(states))
+    steps = list(torch.full((len(params),), float(step)).unbind())
+    passed = NONFINITE["pass"]
+    step_(rule, *lists, steps, meta, lr, weight_decay, False, passed, None, None)
+
+
 def nonfinite_message(index: int) -> str:
     """The error of `nonfinite="raise"`; the optimizer reads the index from it."""
     return (

@@ -101,6 +101,28 @@ def test_step_is_as_accurate_as_plain_torch(isa: str, case: common.RuleCase, kin
 
 @over_isa
 @common.over_rules
+@pytest.mark.parametrize("threads", [1, 3])
+def test_runs_stepped_by_rows_have_the_bits_of_single_steps(
+    isa: str, case: common.RuleCase, threads: int
+) -> None:
+    # Sizes around every width of a vector and of a tile.
+    rules = [case.make(seed=seed) for seed in range(3)]
+    generator = torch.Generator().manual_seed(5)
+    meta = torch.stack([rule.flat_parameters().detach() for rule in rules]).numpy()
+    for size in (1, 3, 4, 5, 8, 10, 15, 16, 17, 24, 25, 32, 33, 47, 48, 49, 100):
+        grads = common.tricky_gradients("wide", (3, size), generator)
+        states = torch.stack([common.random_state(rule, (size,), generator) for rule in rules])
+        updates, planes = core.step_runs(
+            isa, config_of(rules[0]), meta, grads.numpy(), states.numpy(), 3.0, threads
+        )
+        for run, rule in enumerate(rules):
+            update, state = core_step(isa, rule, grads[run], states[run], 3)
+            assert np.array_equal(updates[run], update.numpy())
+            assert np.array_equal(planes[run], state.numpy())
+
+
+@over_isa
+@common.over_rules
 def test_nan_and_infinity_go_where_the_reference_puts_them(isa: str, case: common.RuleCase) -> None:
     rule, exact_rule = case.make(), case.make(torch.float64)
     generator = torch.Generator().manual_seed(2)

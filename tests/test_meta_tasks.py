@@ -119,6 +119,20 @@ def test_gradient_is_that_of_the_losses(task: Task) -> None:
     torch.testing.assert_close(got_grads, expected, rtol=1e-10, atol=1e-14)
 
 
+@over_tasks
+def test_gradients_at_several_points_are_those_of_each(task: Task) -> None:
+    run = task.sample(3, seeded(), F64)
+    batch = run.next_batch()
+    points = torch.stack([run.params, run.params + 0.1, 0.5 * run.params])
+    losses, grads = run.loss_and_grad_at(points, batch)
+    for point, loss, grad in zip(points, losses, grads, strict=True):
+        expected_loss, expected_grad = run.loss_and_grad(point, batch)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)
+    assert losses.is_contiguous()
+    assert grads.is_contiguous()
+
+
 @pytest.mark.parametrize("name", ["quadratic", "mlp", "mlp-deep-tanh"])
 def test_written_out_gradient_is_vmaps(name: str) -> None:
     run = TASKS[name].sample(4, seeded(), F64)

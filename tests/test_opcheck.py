@@ -33,6 +33,9 @@ def _of_family(case: RuleCase) -> Samples:
     yield family.unroll_backward, window
     yield family.unroll_backward, (*window, torch.randn(3, 2, 3))
     yield family.unroll_backward, (*window, None, torch.randn_like(state))
+    runs = (torch.randn(2, 3), torch.randn(2, 3), random_state(rule, (2, 3), generator))
+    each = (*runs[:2], runs[2].transpose(0, 1).contiguous(), *taken, meta.repeat(2, 1))
+    yield family.runs_step_, (*each, *config, 0.5, 0.1)
     lists: list[list[Tensor]] = [
         [torch.randn(2), torch.randn(3)],
         [torch.randn(2), torch.randn(3)],

@@ -1,5 +1,6 @@
 // pybind11 bindings of the torch-free core, for the tests of each instruction set and the
 // microbenchmarks. NumPy arrays in, NumPy arrays out; never part of a wheel.
+#include <algorithm>
 #include <thread>
 
 #include "bindings.h"
@@ -65,6 +66,25 @@ py::tuple step(const std::string& isa, const py::dict& fields, const FloatArray&
   return py::make_tuple(update, new_state);
 }
 
+// meta (R, M), grads (R, N), states (R, S, N) -> updates (R, N), new states (R, S, N).
+py::tuple step_runs(const std::string& isa, const py::dict& fields, const FloatArray& meta,
+                    const FloatArray& grads, const FloatArray& states, double first_step,
+                    int threads) {
+  const RuleConfig config = config_from(fields);
+  const int64_t runs = grads.shape(0), dim = grads.shape(1);
+  if (meta.size() != runs * MetaLayout(config).total ||
+      states.size() != config.state_planes() * runs * dim)
+    throw py::value_error("meta or states does not have the rule's size");
+  FloatArray updates({runs, dim}), new_states({runs, int64_t(config.state_planes()), dim});
+  std::fill_n(updates.mutable_data(), updates.size(), 0.0f);
+  std::copy_n(states.data(), states.size(), new_states.mutable_data());
+  fastl2o::cpu::step_runs(
+      kernels_named(isa), config, meta.data(),
+      {runs, dim, first_step, updates.mutable_data(), grads.data(), new_states.mutable_data()}, 1.0,
+      0.0, threads_of(threads));
+  return py::make_tuple(updates, new_states);
+}
+
 // grads (K, R, D), state (S, R, D), loss_weights (K, R) -> d_meta (M,), d_state (S, R, D).
 py::tuple unroll_backward(const std::string& isa, const py::dict& fields, const FloatArray& meta,
                           const FloatArray& grads, const FloatArray& state,
@@ -109,6 +129,8 @@ PYBIND11_MODULE(fastl2o_core, m) {
   m.def("instruction_sets", &instruction_sets, "Names usable as `isa` on this processor.");
   m.def("step", &step, py::arg("isa"), py::arg("config"), py::arg("meta"), py::arg("grad"),
         py::arg("state"), py::arg("first_step") = 0.0, py::arg("threads") = 1);
+  m.def("step_runs", &step_runs, py::arg("isa"), py::arg("config"), py::arg("meta"),
+        py::arg("grads"), py::arg("states"), py::arg("first_step") = 0.0, py::arg("threads") = 1);
   m.def("unroll_backward", &unroll_backward, py::arg("isa"), py::arg("config"), py::arg("meta"),
         py::arg("grads"), py::arg("state"), py::arg("loss_weights"), py::arg("steps"),
         py::arg("first_step") = 0.0, py::arg("lr") = 1.0, py::arg("weight_decay") = 0.0,

@@ -63,6 +63,20 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
              std::vector<StepTensor>& tensors, const StepOptions& options,
              const ParallelFor& parallel_for);
 
+// R runs of D coordinates: contiguous params and grads (R, D), states (R, S, D).
+struct Runs {
+  int64_t runs;
+  int64_t dim;
+  double step;  // steps that they have taken
+  float* params;
+  const float* grads;
+  float* states;
+};
+
+// Steps each run by its own row of `meta` (R, M).
+void step_runs(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+               const Runs& all, double lr, double weight_decay, const ParallelFor& parallel_for);
+
 // The functional step of N coordinates: update (N,) and the next state (S, N).
 void functional_step(const TileKernels& kernels, const RuleConfig& config, const float* meta,
                      int64_t numel, double first_step, const float* grad, const float* state,

@@ -169,6 +169,13 @@ FASTL2O_INLINE const float* unit_block(const float* weights, const float* x, int
   return weights;
 }
 
+template <int V, bool record>
+FASTL2O_INLINE void layer_outputs(const LayerState& state, int hidden, const GatePlanes& planes) {
+  int unit = 0;
+  for (; unit + 4 <= hidden; unit += 4) outputs<V, 4, record>(state, hidden, unit, planes);
+  for (; unit < hidden; ++unit) outputs<V, 1, record>(state, hidden, unit, planes);
+}
+
 // One layer: x (inputs rows) and the old state to the new state.
 template <int V, bool record>
 static const float* layer_forward(const float* weights, const float* x, int inputs,
@@ -181,8 +188,7 @@ static const float* layer_forward(const float* weights, const float* x, int inpu
   }
   for (; unit < hidden; ++unit)
     weights = unit_block<V, 1, record>(weights, x, inputs, state, hidden, unit, planes);
-  for (unit = 0; unit + 4 <= hidden; unit += 4) outputs<V, 4, record>(state, hidden, unit, planes);
-  for (; unit < hidden; ++unit) outputs<V, 1, record>(state, hidden, unit, planes);
+  layer_outputs<V, record>(state, hidden, planes);
   return weights;
 }
 

@@ -15,6 +15,7 @@ inline constexpr int kSweepVectors = FASTL2O_SWEEP_VECTORS;
 #include "simd.inl"
 #include "math.inl"
 #include "forward.inl"
+#include "in_place.inl"
 #include "step.inl"
 #include "backward.inl"
 #include "weight_gradient.inl"
@@ -48,7 +49,8 @@ extern const TileKernels FASTL2O_TABLE = {
     FASTL2O_ISA::kLanes<FASTL2O_ISA::kUnrollVectors>,
     FASTL2O_ISA::packed_floats,
     FASTL2O_ISA::pack,
-    FASTL2O_ISA::step_tile,
+    FASTL2O_ISA::step_tile<FASTL2O_ISA::kStepVectors, true>,
+    FASTL2O_ISA::step_own_tile<>,
     FASTL2O_ISA::unroll_scratch,
     FASTL2O_ISA::gradient_sums,
     FASTL2O_ISA::unpack_gradient,

@@ -46,41 +46,44 @@ void step_tiles(const TileKernels& kernels, const StepContext& context,
   });
 }
 
-// Packed meta-parameters, a set after the other, each from a cache line's start.
-struct PackedSets {
-  int64_t stride;
-  AlignedFloats floats;
-
-  PackedSets(const TileKernels& kernels, const RuleConfig& config, const float* meta, int64_t sets,
-             const ParallelFor& parallel_for)
-      : stride((kernels.packed_floats(config, false) + 15) / 16 * 16), floats(stride * sets) {
-    const int64_t size = MetaLayout(config).total;
-    parallel_for(sets, [&](int64_t begin, int64_t end) {
-      for (int64_t set = begin; set < end; ++set)
-        kernels.pack(config, false, meta + set * size, floats.data + set * stride);
-    });
-  }
-};
-
-// As step_tiles, but every tensor has tiles of its own, stepped by the tensor's own context.
-void step_tiles_of_sets(const TileKernels& kernels, const std::vector<StepContext>& contexts,
+// As step_tiles, but every tensor has tiles of its own, stepped by the tensor's own set of the
+// `context`'s meta-parameters.
+void step_tiles_of_sets(const TileKernels& kernels, const StepContext& context,
                         const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
+  const int64_t size = MetaLayout(context.config).total;
   const int64_t lanes = kernels.step_tile;
   std::vector<int64_t> starts(tensors.size() + 1, 0);
   for (size_t i = 0; i < tensors.size(); ++i)
     starts[i + 1] = starts[i] + (tensors[i].numel + lanes - 1) / lanes;
   parallel_for(starts.back(), [&](int64_t begin, int64_t end) {
     size_t owner = owner_of(starts, begin);
+    StepContext own = context;
     for (int64_t tile = begin; tile < end; ++tile) {
       while (starts[owner + 1] <= tile) ++owner;
       const StepTensor& tensor = tensors[owner];
       const int64_t offset = (tile - starts[owner]) * lanes;
       const Segment segment{&tensor, offset, int(std::min(lanes, tensor.numel - offset)), 0};
       const bool more = owner + 1 < tensors.size();
-      kernels.step(contexts[size_t(tensor.meta_set)],
-                   {&segment, 1, more ? &tensors[owner + 1] : nullptr});
+      own.meta = context.meta + tensor.meta_set * size;
+      kernels.step_own(own, {&segment, 1, more ? &tensors[owner + 1] : nullptr});
     }
   });
+}
+
+// Tensors have most often taken as many steps as the one before: two powers a call, not a tensor.
+void correct_moments(const RuleConfig& config, std::vector<StepTensor>& tensors) {
+  const StepTensor* before = nullptr;
+  for (StepTensor& tensor : tensors) {
+    if (before != nullptr && *before->step == *tensor.step) {
+      tensor.correction1 = before->correction1;
+      tensor.correction2 = before->correction2;
+    } else {
+      const double t = double(*tensor.step) + 1.0;
+      tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
+      tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
+    }
+    before = &tensor;
+  }
 }
 
 // Beyond what fits here a window's activations are replayed in segments, from checkpoints: up to
@@ -110,26 +113,38 @@ int64_t step(const TileKernels& kernels, const RuleConfig& config, const float* 
   const int64_t bad = screen(options.nonfinite, tensors, parallel_for);
   if (bad >= 0) return bad;
   if (tensors.empty()) return -1;
-  const int64_t sets = options.meta_sets;
-  const PackedSets packed(kernels, config, meta, sets, parallel_for);
-  for (StepTensor& tensor : tensors) {
-    if (!config.is_rnnprop()) continue;
-    const double t = double(*tensor.step) + 1.0;
-    tensor.correction1 = float(1.0 / (1.0 - std::pow(config.beta1, t)));
-    tensor.correction2 = float(1.0 / (1.0 - std::pow(config.beta2, t)));
+  if (config.is_rnnprop()) correct_moments(config, tensors);
+  StepContext context{config, options, meta, nullptr, float(std::exp(config.p))};
+  if (options.meta_sets == 1) {
+    const AlignedFloats packed(kernels.packed_floats(config, false));
+    kernels.pack(config, false, meta, packed.data);
+    context.packed = packed.data;
+    step_tiles(kernels, context, tensors, parallel_for);
+  } else {
+    step_tiles_of_sets(kernels, context, tensors, parallel_for);
   }
-  std::vector<StepContext> contexts;
-  contexts.reserve(size_t(sets));
-  for (int64_t set = 0; set < sets; ++set)
-    contexts.push_back({config, options, meta + set * MetaLayout(config).total,
-                        packed.floats.data + set * packed.stride, float(std::exp(config.p))});
-  if (sets == 1)
-    step_tiles(kernels, contexts[0], tensors, parallel_for);
-  else
-    step_tiles_of_sets(kernels, contexts, tensors, parallel_for);
   for (StepTensor& tensor : tensors)
     if (tensor.step != nullptr) *tensor.step += 1.0f;
   return -1;
+}
+
+void step_runs(const TileKernels& kernels, const RuleConfig& config, const float* meta,
+               const Runs& all, double lr, double weight_decay, const ParallelFor& parallel_for) {
+  StepOptions options;
+  options.lr = lr;
+  options.weight_decay = weight_decay;
+  options.nonfinite = NonFinite::pass;
+  options.meta_sets = all.runs;
+  std::vector<float> taken(size_t(all.runs), float(all.step));
+  std::vector<StepTensor> tensors;
+  tensors.reserve(size_t(all.runs));
+  for (int64_t run = 0; run < all.runs; ++run) {
+    tensors.push_back({all.params + run * all.dim, const_cast<float*>(all.grads) + run * all.dim,
+                       all.states + run * config.state_planes() * all.dim, &taken[size_t(run)],
+                       all.dim, DType::f32});
+    tensors.back().meta_set = run;
+  }
+  step(kernels, config, meta, tensors, options, parallel_for);
 }
 
 void functional_step(const TileKernels& kernels, const RuleConfig& config, const float* meta,

@@ -106,9 +106,10 @@ static void apply_update(const StepOptions& options, const Segment& part, const 
 static int64_t state_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // The state planes [first, last) of one segment, (S, numel), to or from the lanes of a tile.
+template <int V>
 static void read_state(const StepContext& context, const Segment& part, int first, int last,
                        float* planes) {
-  constexpr int lanes = kLanes<kStepVectors>;
+  constexpr int lanes = kLanes<V>;
   const int64_t numel = part.tensor->numel;
   float* to = planes + part.lane;
   if (first == last) return;  // a rule without layers has no state to point to
@@ -134,9 +135,10 @@ static void write_rounded(const float* values, int count, const uint32_t* bases,
 }
 
 // Planes `first` and `second` of one pair, with the random bits of their coordinates.
+template <int V>
 static void write_pair_rounded(const Segment& part, const float* planes, int first, int second,
                                uint32_t pair, const uint32_t* bases) {
-  constexpr int lanes = kLanes<kStepVectors>;
+  constexpr int lanes = kLanes<V>;
   const int64_t numel = part.tensor->numel;
   const float* from[2] = {planes + part.lane + first * lanes, planes + part.lane + second * lanes};
   uint16_t* to = static_cast<uint16_t*>(part.tensor->state) + part.offset;
@@ -145,28 +147,30 @@ static void write_pair_rounded(const Segment& part, const float* planes, int fir
     write_rounded(from[half], part.count, bases, pair, half, targets[half]);
 }
 
+template <int V>
 static void write_state_rounded(const StepContext& context, const Segment& part,
                                 const float* planes) {
   const RuleConfig& config = context.config;
-  uint32_t bases[kLanes<kStepVectors>];
+  uint32_t bases[kLanes<V>];
   for (int i = 0; i < part.count; ++i)
     bases[i] = rounding_base(part.tensor->rounding_key, part.offset + i);
   uint32_t pair = 0;
   for (int layer = 0; layer < config.num_layers; ++layer)
     for (int unit = 0; unit < config.hidden_size; ++unit)
-      write_pair_rounded(part, planes, config.h_plane(layer) + unit, config.c_plane(layer) + unit,
-                         pair++, bases);
-  if (config.is_rnnprop()) write_pair_rounded(part, planes, 0, 1, pair, bases);
+      write_pair_rounded<V>(part, planes, config.h_plane(layer) + unit,
+                            config.c_plane(layer) + unit, pair++, bases);
+  if (config.is_rnnprop()) write_pair_rounded<V>(part, planes, 0, 1, pair, bases);
 }
 
+template <int V>
 static void write_state(const StepContext& context, const Segment& part, const float* planes) {
-  constexpr int lanes = kLanes<kStepVectors>;
+  constexpr int lanes = kLanes<V>;
   const int num_planes = context.config.state_planes();
   const int64_t numel = part.tensor->numel;
   const float* from = planes + part.lane;
   if (num_planes == 0) return;
   if (context.options.stochastic_rounding) {
-    write_state_rounded(context, part, planes);
+    write_state_rounded<V>(context, part, planes);
     return;
   }
   if (context.options.state_dtype == DType::f32) {
@@ -247,9 +251,10 @@ static Prefetch prefetch_ahead(const StepContext& context, const StepTile& all) 
 }
 
 // RNNprop's features for a tile whose lanes may belong to tensors with different step counts.
+template <int V>
 static void tile_moment_features(const StepContext& context, const StepTile& tile,
                                  const float* grad, Rows moments, float* x) {
-  constexpr int lanes = kLanes<kStepVectors>;
+  constexpr int lanes = kLanes<V>;
   alignas(64) float correction1[lanes] = {}, correction2[lanes] = {};
   for (int s = 0; s < tile.num_segments; ++s) {
     const Segment& part = tile.segments[s];
@@ -259,7 +264,7 @@ static void tile_moment_features(const StepContext& context, const StepTile& til
     }
   }
   const MomentDecay decay(context.config);
-  for (int k = 0; k < kStepVectors; ++k) {
+  for (int k = 0; k < V; ++k) {
     const int at = k * kWidth;
     Vec m = load(moments.at(0, k)), v = load(moments.at(1, k)), g_scaled, m_scaled;
     moment_features(decay, load(correction1 + at), load(correction2 + at), load(grad + at), m, v,
@@ -273,9 +278,9 @@ static void tile_moment_features(const StepContext& context, const StepTile& til
 
 // The rule on one tile: `state` holds its planes and takes the new ones; `planes` is scratch of the
 // same shape, whose h rows hold a copy of the old h.
+template <int V, bool packed>
 static void run_rule(const StepContext& context, const StepTile& tile, const float* grad,
                      Rows state, float* planes, float* update) {
-  constexpr int V = kStepVectors;
   constexpr int lanes = kLanes<V>;
   const RuleConfig& config = context.config;
   const int hidden = config.hidden_size;
@@ -283,7 +288,7 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
   alignas(64) float x[2 * lanes], z[kMaxHidden * lanes], h_next[2][kMaxHidden * lanes];
   const float* inputs = x;
   if (config.is_rnnprop()) {
-    tile_moment_features(context, tile, grad, state, x);
+    tile_moment_features<V>(context, tile, grad, state, x);
     project<V>(context.meta + layout.projection_weight, context.meta + layout.projection_bias, x, z,
                hidden);
     inputs = z;
@@ -291,13 +296,20 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
     gradient_features<V>(config, context.exp_p, grad, x);
   }
   Prefetch prefetch = prefetch_ahead(context, tile);
-  const float* packed = context.packed;
+  const float* weights = context.packed;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const Rows h{state.at(config.h_plane(layer), 0), state.stride};
     const Rows c{state.at(config.c_plane(layer), 0), state.stride};
     const LayerState own{planes + config.h_plane(layer) * lanes, c, c, h_next[layer % 2], h};
-    packed = layer_forward<V, false>(packed, inputs, config.layer_inputs(layer), own, hidden,
-                                     GatePlanes{}, prefetch);
+    if constexpr (packed) {
+      weights = layer_forward<V, false>(weights, inputs, config.layer_inputs(layer), own, hidden,
+                                        GatePlanes{}, prefetch);
+    } else {
+      const LayerRows rows{context.meta + layout.weight_ih[layer],
+                           context.meta + layout.weight_hh[layer],
+                           context.meta + layout.bias[layer]};
+      layer_in_place<V>(rows, inputs, config.layer_inputs(layer), own, hidden, prefetch);
+    }
     inputs = own.h_next;
   }
   Vec out[V];
@@ -308,8 +320,10 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
                                                    : out[v] * config.output_scale);
 }
 
+// A tile of V vectors; `packed` says where the weights are read from.
+template <int V, bool packed>
 static void step_tile(const StepContext& context, const StepTile& tile) {
-  constexpr int lanes = kLanes<kStepVectors>;
+  constexpr int lanes = kLanes<V>;
   const RuleConfig& config = context.config;
   alignas(64) float planes[(kMoments + 2 * kMaxLayers * kMaxHidden) * lanes];
   alignas(64) float grad[lanes], update[lanes];
@@ -325,19 +339,27 @@ static void step_tile(const StepContext& context, const StepTile& tile) {
       context.options.state_dtype == DType::f32) {
     // The planes of the tensor serve as they are; only h, which every unit reads, is copied.
     for (int layer = 0; layer < config.num_layers; ++layer)
-      read_state(context, first, config.h_plane(layer), config.c_plane(layer), planes);
+      read_state<V>(context, first, config.h_plane(layer), config.c_plane(layer), planes);
     const Rows state{static_cast<float*>(first.tensor->state) + first.offset, first.tensor->numel};
     const FlushDenormals guard;
-    run_rule(context, tile, grad, state, planes, update);
+    run_rule<V, packed>(context, tile, grad, state, planes, update);
   } else {
     for (int s = 0; s < tile.num_segments; ++s)
-      read_state(context, tile.segments[s], 0, config.state_planes(), planes);
+      read_state<V>(context, tile.segments[s], 0, config.state_planes(), planes);
     {
       const FlushDenormals guard;
-      run_rule(context, tile, grad, Rows{planes, lanes}, planes, update);
+      run_rule<V, packed>(context, tile, grad, Rows{planes, lanes}, planes, update);
     }
-    for (int s = 0; s < tile.num_segments; ++s) write_state(context, tile.segments[s], planes);
+    for (int s = 0; s < tile.num_segments; ++s) write_state<V>(context, tile.segments[s], planes);
   }
   for (int s = 0; s < tile.num_segments; ++s)
     apply_update(context.options, tile.segments[s], update + tile.segments[s].lane);
+}
+
+// In no more vectors than the coordinates fill: runs of a meta-training may have ten of them.
+template <int V = kStepVectors>
+static void step_own_tile(const StepContext& context, const StepTile& tile) {
+  if constexpr (V > 1)
+    if (tile.segments[0].count <= kLanes<V - 1>) return step_own_tile<V - 1>(context, tile);
+  step_tile<V, false>(context, tile);
 }

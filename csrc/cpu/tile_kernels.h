@@ -28,8 +28,8 @@ struct StepContext {
   RuleConfig config;
   StepOptions options;
   const float* meta;
-  const float* packed;
-  float exp_p;  // e^p
+  const float* packed;  // null for `step_own`
+  float exp_p;          // e^p
 };
 
 struct UnrollContext {
@@ -49,6 +49,8 @@ struct TileKernels {
   int64_t (*packed_floats)(const RuleConfig&, bool backward);
   void (*pack)(const RuleConfig&, bool backward, const float* meta, float* packed);
   void (*step)(const StepContext&, const StepTile&);
+  // The same for a tile of one segment, stepped by meta-parameters that are not packed.
+  void (*step_own)(const StepContext&, const StepTile&);
   // Floats of scratch that one call of `unroll` needs (64-byte aligned).
   int64_t (*unroll_scratch)(const UnrollContext&);
   // The gradient of the meta-parameters in the order in which `unroll` adds it up: its length, and

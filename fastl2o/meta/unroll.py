@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _ops_hierarchical as hierarchical
 from .. import ops
+from .._ops_runs import runs_step_
 from ..rules import HierarchicalRule
 from ._checks import check_number
 from ._saved import check_tensor
@@ -287,8 +288,12 @@ def roll(
         The losses ``(T + 1, R)``, f_0 .. f_T. Gradients are not kept.
     """
     apart = meta is not None and not isinstance(rule, HierarchicalRule)
-    # A run's planes lie together while it is stepped by meta-parameters of its own.
-    state = progress.state.transpose(0, 1).contiguous() if apart else progress.state
+    state = progress.state
+    if apart:
+        # A run's planes lie together once it is stepped by meta-parameters of its own: here they
+        # are copied in the first of several windows only.
+        state = state.transpose(0, 1).contiguous()
+        progress.state = state.transpose(0, 1)
     losses, grads = [progress.losses], progress.grads
     sizes = progress.run.tensor_sizes
     with torch.no_grad():
@@ -297,8 +302,6 @@ def roll(
             step_runs(rule, progress.params, grads, state, taken, sizes, lr, weight_decay, meta)
             loss, grads = progress.evaluate()
             losses.append(loss)
-    if apart:
-        progress.state.copy_(state.transpose(0, 1))
     progress.step += steps
     progress.losses, progress.grads = losses[-1].clone(), grads.contiguous()
     return torch.stack(losses)
@@ -315,21 +318,19 @@ def step_runs(
     weight_decay: float,
     meta: Tensor | None = None,
 ) -> None:
-    """Take one step of all runs in place, with ``meta (R, M)`` each by a row of its own."""
+    """Take one step of all runs in place, with ``meta (R, M)`` each by a row of its own.
+
+    Those of a coordinate-wise rule then have their ``state`` as ``(R, S, D)``.
+    """
     if isinstance(rule, HierarchicalRule):
         hierarchical.runs_step_(rule, params, grads, state, step, sizes, lr, weight_decay, meta)
         return
-    each = meta is not None
-    many = [list(tensor) if each else [tensor] for tensor in (params, grads, state)]
-    counts = torch.full((len(many[0]),), float(step))
+    rule = ops.coordinate_wise(rule)
+    if meta is not None:
+        runs_step_(rule, params, grads, state, step, meta, lr=lr, weight_decay=weight_decay)
+        return
+    counts = [torch.tensor(float(step))]
     ops.step_(
-        ops.coordinate_wise(rule),
-        many[0],
-        many[1],
-        many[2],
-        list(counts.unbind()),
-        lr=lr,
-        weight_decay=weight_decay,
-        nonfinite="pass",
-        meta=meta,
-    )
+        rule, [params], [grads], [state], counts,
+        lr=lr, weight_decay=weight_decay, nonfinite="pass",
+    )  # fmt: skip

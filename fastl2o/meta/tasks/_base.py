@@ -109,6 +109,15 @@ class TaskRun(ABC):
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
 
+    def loss_and_grad_at(self, points: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses ``(K, R)`` and gradients ``(K, R, D)`` at K points of each run, on one batch.
+
+        As ``loss_and_grad`` at each of ``points (K, R, D)``; evolution strategies come with two.
+        """
+        pairs = [self.loss_and_grad(point, batch) for point in points]
+        losses, grads = zip(*pairs, strict=True)
+        return torch.stack(losses), torch.stack(grads)
+
     def generators(self) -> list[torch.Generator]:
         """All generators that batches are drawn from, for drawing the same ones again."""
         return [self.generator]

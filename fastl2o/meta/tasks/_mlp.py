@@ -71,40 +71,56 @@ class _MLPRun(ImageRun, VmapRun):
         return F.cross_entropy(hidden, labels)
 
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.loss_and_grad_at(params.unsqueeze(0), batch)
+        return losses.squeeze(0), grads.squeeze(0)
+
+    def loss_and_grad_at(self, points: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         # Written out with batched matrix products: under vmap, whose gradients these are, the same
-        # arithmetic takes twice as long, a quarter of a meta-training step.
+        # arithmetic takes several times as long. Images are the last dimension, since torch's
+        # softmax is many times slower over a last dimension of ten classes.
         pixels, labels = self.gather(batch)
-        runs, size = labels.shape
-        layers = split_layers(params, self.task.widths)
+        count, (runs, size) = len(points), labels.shape
+        layers = split_layers(points.flatten(0, 1), self.task.widths)
         outputs, logits = self._forward(layers, pixels)
-        log_odds = torch.log_softmax(logits, dim=2)
-        picked = labels.unsqueeze(2)
-        losses = -log_odds.gather(2, picked).sum(dim=(1, 2)) / size
-        delta = log_odds.exp()  # (R, B, classes), becomes d loss / d logits
-        delta.scatter_add_(2, picked, delta.new_full((runs, size, 1), -1.0)).div_(size)
+        log_odds = torch.log_softmax(logits, dim=1)
+        picked = labels.expand(count, -1, -1).reshape(count * runs, 1, size)
+        losses = log_odds.gather(1, picked).sum(dim=(1, 2)).div_(-size)
+        delta = log_odds.exp()  # (K R, classes, B), becomes d loss / d logits
+        delta.scatter_add_(1, picked, delta.new_full(picked.shape, -1.0)).div_(size)
         pieces: list[Tensor] = []
-        for layer in reversed(range(len(layers))):
-            weight_grad = delta.transpose(1, 2).bmm(outputs[layer])
-            pieces = [weight_grad.flatten(1), delta.sum(dim=1), *pieces]
-            if layer:
-                slope = _DERIVATIVES[self.task.activation](outputs[layer])
-                delta = delta.bmm(layers[layer][0]).mul_(slope)
-        return losses, torch.cat(pieces, dim=1)
+        for (weight, _), out in zip(reversed(layers[1:]), reversed(outputs), strict=True):
+            pieces = [delta.bmm(out.transpose(1, 2)).flatten(1), delta.sum(dim=2), *pieces]
+            delta = weight.transpose(1, 2).bmm(delta)
+            delta.mul_(_DERIVATIVES[self.task.activation](out))
+        weight_grad = delta.new_empty((*delta.shape[:2], pixels.shape[2]))
+        for of_point, own in zip(weight_grad.chunk(count), delta.chunk(count), strict=True):
+            torch.bmm(own, pixels, out=of_point)
+        grads = torch.cat([weight_grad.flatten(1), delta.sum(dim=2), *pieces], dim=1)
+        return losses.view(count, runs), grads.view(points.shape)
 
     def _forward(
         self, layers: Sequence[tuple[Tensor, Tensor]], pixels: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """What enters each layer, and the logits ``(R, B, classes)``, of ``(R, B, pixels)``."""
-        outputs, logits = [pixels], pixels
-        for layer, (weight, bias) in enumerate(layers):
-            if layer:
-                outputs.append(ACTIVATIONS[self.task.activation](logits))
-            logits = torch.baddbmm(bias.unsqueeze(1), outputs[-1], weight.transpose(1, 2))
+        """Outputs of the hidden layers, and the logits ``(K R, classes, B)``.
+
+        Of ``pixels (R, B, pixels)``, for K networks of each run.
+        """
+        (weight, bias), *later = layers
+        count = len(weight) // len(pixels)
+        logits = pixels.new_empty((*bias.shape, pixels.shape[1]))
+        for out, own, shift in zip(
+            logits.chunk(count), weight.chunk(count), bias.unsqueeze(2).chunk(count), strict=True
+        ):
+            torch.baddbmm(shift, own, pixels.transpose(1, 2), out=out)
+        outputs: list[Tensor] = []
+        for weight, bias in later:
+            outputs.append(ACTIVATIONS[self.task.activation](logits))
+            logits = torch.baddbmm(bias.unsqueeze(2), weight, outputs[-1])
         return outputs, logits
 
     def each(self, params: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         logits = self._forward(split_layers(params, self.task.widths), pixels)[1]
-        return example_cross_entropies(logits, labels)
+        return example_cross_entropies(logits.transpose(1, 2), labels)
 
 
 def split_layers(params: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
