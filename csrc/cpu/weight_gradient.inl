@@ -78,6 +78,39 @@ FASTL2O_INLINE void transpose(Vec (&x)[kWidth]) {
   }
 }
 
+#if FASTL2O_WIDTH == 16
+// The same for whole vectors at `from`, `stride` floats apart: quarters of rows j, 4 + j, 8 + j and
+// 12 + j are brought together by loads, which leaves two rounds for the one port that shuffles.
+FASTL2O_INLINE void load_transposed(const float* from, int64_t stride, Vec (&x)[kWidth]) {
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m512 row[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const float* at = from + j * stride + 4 * quarter;
+      row[j] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+      row[j] = _mm512_insertf32x4(row[j], _mm_loadu_ps(at + 4 * stride), 1);
+      row[j] = _mm512_insertf32x4(row[j], _mm_loadu_ps(at + 8 * stride), 2);
+      row[j] = _mm512_insertf32x4(row[j], _mm_loadu_ps(at + 12 * stride), 3);
+    }
+    const __m512d low01 = (__m512d)_mm512_unpacklo_ps(row[0], row[1]);
+    const __m512d low23 = (__m512d)_mm512_unpacklo_ps(row[2], row[3]);
+    const __m512d high01 = (__m512d)_mm512_unpackhi_ps(row[0], row[1]);
+    const __m512d high23 = (__m512d)_mm512_unpackhi_ps(row[2], row[3]);
+    x[4 * quarter] = (Vec)_mm512_unpacklo_pd(low01, low23);
+    x[4 * quarter + 1] = (Vec)_mm512_unpackhi_pd(low01, low23);
+    x[4 * quarter + 2] = (Vec)_mm512_unpacklo_pd(high01, high23);
+    x[4 * quarter + 3] = (Vec)_mm512_unpackhi_pd(high01, high23);
+  }
+}
+#else
+FASTL2O_INLINE void load_transposed(const float* from, int64_t stride, Vec (&x)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) x[i] = load(from + i * stride);
+  transpose(x);
+}
+#endif
+
 // planes (rows) of V vectors to (lanes, padded rows); the padding is zero.
 template <int V>
 static void transpose_planes(const float* planes, int64_t rows, float* transposed) {
@@ -87,12 +120,11 @@ static void transpose_planes(const float* planes, int64_t rows, float* transpose
       Vec x[kWidth];
       const float* from = planes + row * kLanes<V> + v * kWidth;
       if (row + kWidth <= rows) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) x[i] = load(from + i * kLanes<V>);
+        load_transposed(from, kLanes<V>, x);
       } else {
         for (int i = 0; i < kWidth; ++i) x[i] = row + i < rows ? load(from + i * kLanes<V>) : Vec{};
+        transpose(x);
       }
-      transpose(x);
       float* to = transposed + int64_t(v) * kWidth * stride + row;
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) store(to + i * stride, x[i]);
@@ -130,6 +162,9 @@ FASTL2O_INLINE void gradient_rows(const float* d, int64_t stride, const float* x
   int c = 0;
   for (; c + kGradientColumns <= columns; c += kGradientColumns)
     gradient_block<V, R, kGradientColumns>(d, stride, x + c * kLanes<V>, sums + c * stride);
+  // In pairs, as a single column would wait for its own sums.
+  for (; c + 2 <= columns; c += 2)
+    gradient_block<V, R, 2>(d, stride, x + c * kLanes<V>, sums + c * stride);
   for (; c < columns; ++c) gradient_block<V, R, 1>(d, stride, x + c * kLanes<V>, sums + c * stride);
 }
 
