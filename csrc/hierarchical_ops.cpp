@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu_tensor_args.h"
+#include "cpu_tensor_list.h"
 #include "hierarchical.h"
 
 namespace {
@@ -12,13 +13,14 @@ namespace {
 using fastl2o::check_floats;
 using fastl2o::DType;
 using fastl2o::floats;
-using fastl2o::has_shape;
 using fastl2o::HierarchicalConfig;
 using fastl2o::HierarchicalLayout;
+using fastl2o::ListTensor;
 using fastl2o::mutable_floats;
 using fastl2o::parallel_for;
 using fastl2o::scalar_of;
 using fastl2o::small_number;
+using fastl2o::TensorList;
 using fastl2o::cpu::HierarchicalOptions;
 using fastl2o::cpu::HierarchicalTensor;
 using torch::headeronly::ScalarType;
@@ -39,7 +41,7 @@ HierarchicalConfig checked_config(const Tensor& meta, int64_t param_size, int64_
 }
 
 struct StepLists {
-  const std::vector<Tensor>&params, &grads, &planes, &tensor_states, &steps;
+  const TensorList &params, &grads, &planes, &tensor_states, &steps;
   const std::vector<int64_t>& problems;
   const std::vector<double>&lr, &weight_decay;
 };
@@ -58,63 +60,78 @@ void check_lengths(const StepLists& lists) {
                   " parameters");
 }
 
-// What the levels above the parameters' have.
-void check_levels(const HierarchicalConfig& config, const std::vector<Tensor>& tensor_states,
-                  const std::vector<Tensor>& steps, const std::vector<int64_t>& problems,
-                  const Tensor& global_states) {
+// A tensor with what the levels above the parameters' have, checked.
+HierarchicalTensor checked_levels(const HierarchicalConfig& config, const StepLists& lists,
+                                  const Tensor& global_states, size_t index) {
+  const int64_t problem = lists.problems.empty() ? 0 : lists.problems[index];
+  STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), "problems[", index, "] is ",
+                  problem, "; global_states has ", global_states.size(0), " rows");
+  HierarchicalTensor tensor{};
+  tensor.state = lists.tensor_states[index].floats(config.tensor_size + 1, "tensor_states", index);
+  tensor.step = lists.steps[index].floats(1, "steps", index);
+  tensor.problem = problem;
+  tensor.lr = lists.lr[index];
+  tensor.weight_decay = lists.weight_decay[index];
+  return tensor;
+}
+
+void check_global(const HierarchicalConfig& config, const Tensor& global_states) {
   check_floats(global_states, "global_states");
   STD_TORCH_CHECK(global_states.dim() == 2 && global_states.size(1) == config.global_size,
                   "global_states must be (problems, ", config.global_size, ")");
-  for (size_t i = 0; i < tensor_states.size(); ++i) {
-    check_floats(tensor_states[i], "tensor_states");
-    STD_TORCH_CHECK(tensor_states[i].numel() == config.tensor_size + 1, "tensor state ", i,
-                    " of the list must hold ", config.tensor_size + 1, " numbers");
-    check_floats(steps[i], "steps");
-    STD_TORCH_CHECK(steps[i].numel() == 1, "step ", i, " of the list must be one number");
-    const int64_t problem = problems.empty() ? 0 : problems[i];
-    STD_TORCH_CHECK(problem >= 0 && problem < global_states.size(0), "problems[", i, "] is ",
-                    problem, "; global_states has ", global_states.size(0), " rows");
-  }
 }
 
-DType check_lists(const HierarchicalConfig& config, const StepLists& lists,
-                  const Tensor& global_states) {
+// The tensors of a step, checked; `planes_dtype` is that of all planes.
+std::vector<HierarchicalTensor> step_tensors(const HierarchicalConfig& config,
+                                             const StepLists& lists, const Tensor& global_states,
+                                             DType& planes_dtype) {
   check_lengths(lists);
-  check_levels(config, lists.tensor_states, lists.steps, lists.problems, global_states);
-  const ScalarType type = lists.planes.empty() ? ScalarType::Float : lists.planes[0].scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "planes must be float32 or bfloat16 for the CPU kernels");
+  check_global(config, global_states);
+  std::vector<HierarchicalTensor> tensors;
+  tensors.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    const Tensor &param = lists.params[i], &grad = lists.grads[i], &planes = lists.planes[i];
-    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && has_shape(grad, param, 0),
-                    "gradient ", i, " of the list must have its parameter's type and shape");
-    fastl2o::dtype_of(param.scalar_type(), "params");
-    STD_TORCH_CHECK(planes.scalar_type() == type, "planes ", i,
+    const ListTensor param = lists.params[i], grad = lists.grads[i], planes = lists.planes[i];
+    const DType dtype = fastl2o::dtype_of(planes.type, "planes");
+    if (i == 0) planes_dtype = dtype;
+    STD_TORCH_CHECK(planes_dtype == DType::f32 || planes_dtype == DType::bf16,
+                    "planes must be float32 or bfloat16 for the CPU kernels");
+    STD_TORCH_CHECK(dtype == planes_dtype, "planes ", i,
                     " of the list have another type than the first");
-    STD_TORCH_CHECK(has_shape(planes, param, config.state_planes()), "planes ", i,
+    STD_TORCH_CHECK(param.type == grad.type && grad.has_shape(param, 0), "gradient ", i,
+                    " of the list must have its parameter's type and shape");
+    STD_TORCH_CHECK(planes.has_shape(param, config.state_planes()), "planes ", i,
                     " of the list must be ", config.state_planes(),
                     " planes of the parameter's shape");
-    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && planes.is_contiguous(),
-                    "tensors ", i, " of the lists must be contiguous");
+    STD_TORCH_CHECK(param.contiguous && grad.contiguous && planes.contiguous, "tensors ", i,
+                    " of the lists must be contiguous");
+    HierarchicalTensor tensor = checked_levels(config, lists, global_states, i);
+    tensor.param = param.data();
+    tensor.grad = grad.data();
+    tensor.planes = planes.data();
+    tensor.numel = tensor.count = param.numel();
+    tensor.param_dtype = fastl2o::dtype_of(param.type, "params");
+    tensors.push_back(tensor);
   }
-  return fastl2o::dtype_of(type, "planes");
+  return tensors;
 }
 
 // Of tensors that are split over ranks: the coordinates of the whole, and what is shared.
-void check_parts(const HierarchicalConfig& config, const std::vector<Tensor>& params,
-                 const std::vector<int64_t>& counts, const Tensor& sums, const Tensor& raw) {
-  STD_TORCH_CHECK(counts.size() == params.size(), "counts holds ", counts.size(),
-                  " numbers; expected one for each of ", params.size(), " tensors");
+void set_counts(const HierarchicalConfig& config, std::vector<HierarchicalTensor>& tensors,
+                const std::vector<int64_t>& counts, const Tensor& sums, const Tensor& raw) {
+  STD_TORCH_CHECK(counts.size() == tensors.size(), "counts holds ", counts.size(),
+                  " numbers; expected one for each of ", tensors.size(), " tensors");
   int64_t total = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(counts[i] >= std::max<int64_t>(1, params[i].numel()), "count ", i,
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    STD_TORCH_CHECK(counts[i] >= std::max<int64_t>(1, tensors[i].numel), "count ", i,
                     " of the list is ", counts[i], "; this part of the tensor alone holds ",
-                    params[i].numel(), " coordinates, and whole tensors that are empty rest");
-    total += params[i].numel();
+                    tensors[i].numel, " coordinates, and whole tensors that are empty rest");
+    tensors[i].count = counts[i];
+    total += tensors[i].numel;
   }
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
-                      sums.numel() == int64_t(params.size()) * config.num_sums(),
-                  "sums must be contiguous float64 (", params.size(), ", ", config.num_sums(), ")");
+                      sums.numel() == int64_t(tensors.size()) * config.num_sums(),
+                  "sums must be contiguous float64 (", tensors.size(), ", ", config.num_sums(),
+                  ")");
   check_floats(raw, "raw");
   STD_TORCH_CHECK(raw.numel() == total, "raw holds ", raw.numel(), " numbers; the parts hold ",
                   total, " coordinates");
@@ -136,41 +153,34 @@ HierarchicalOptions options_of(DType planes_dtype, bool maximize,
   return options;
 }
 
-void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
-                        std::vector<Tensor> planes, std::vector<Tensor> tensor_states,
-                        std::vector<Tensor> steps, Tensor global_states,
-                        std::vector<int64_t> problems, Tensor meta, int64_t param_size,
-                        int64_t tensor_size, int64_t global_size, int64_t num_scales,
-                        std::vector<double> lr, std::vector<double> weight_decay, bool maximize,
-                        int64_t nonfinite, std::optional<Tensor> grad_scale,
-                        std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
+void hierarchical_step_(const TensorList& params, const TensorList& grads, const TensorList& planes,
+                        const TensorList& tensor_states, const TensorList& steps,
+                        Tensor global_states, const std::vector<int64_t>& problems, Tensor meta,
+                        int64_t param_size, int64_t tensor_size, int64_t global_size,
+                        int64_t num_scales, const std::vector<double>& lr,
+                        const std::vector<double>& weight_decay, bool maximize, int64_t nonfinite,
+                        std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                        std::optional<int64_t> rounding_seed) {
   const int64_t sets = fastl2o::meta_sets(meta, global_states.size(0), "problems");
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales, sets);
   const StepLists lists{params, grads, planes, tensor_states, steps, problems, lr, weight_decay};
-  HierarchicalOptions options =
-      options_of(check_lists(config, lists, global_states), maximize, grad_scale, rounding_seed);
+  DType planes_dtype = DType::f32;
+  auto tensors = step_tensors(config, lists, global_states, planes_dtype);
+  HierarchicalOptions options = options_of(planes_dtype, maximize, grad_scale, rounding_seed);
   options.meta_sets = sets;
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
   if (scalar_of(found_inf, "found_inf").value_or(0.0f) != 0.0f) return;
-  std::vector<HierarchicalTensor> tensors;
-  tensors.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i)
-    tensors.push_back({params[i].mutable_data_ptr(), grads[i].mutable_data_ptr(),
-                       planes[i].mutable_data_ptr(), mutable_floats(tensor_states[i]),
-                       mutable_floats(steps[i]), params[i].numel(), params[i].numel(),
-                       fastl2o::dtype_of(params[i].scalar_type(), "params"),
-                       problems.empty() ? 0 : problems[i], lr[i], weight_decay[i]});
   const int64_t bad = fastl2o::cpu::hierarchical_step(
       fastl2o::cpu::best_kernels(), config, floats(meta), tensors, mutable_floats(global_states),
       global_states.size(0), options, parallel_for);
   fastl2o::check_finite(bad);
 }
 
-void hierarchical_sweep_(std::vector<Tensor> grads, std::vector<Tensor> planes,
-                         std::vector<Tensor> tensor_states, std::vector<Tensor> steps,
-                         Tensor global_states, std::vector<int64_t> problems,
-                         std::vector<int64_t> counts, Tensor meta, int64_t param_size,
+void hierarchical_sweep_(const TensorList& grads, const TensorList& planes,
+                         const TensorList& tensor_states, const TensorList& steps,
+                         Tensor global_states, const std::vector<int64_t>& problems,
+                         const std::vector<int64_t>& counts, Tensor meta, int64_t param_size,
                          int64_t tensor_size, int64_t global_size, int64_t num_scales,
                          bool maximize, std::optional<Tensor> grad_scale, Tensor sums, Tensor raw,
                          std::optional<int64_t> rounding_seed) {
@@ -178,41 +188,39 @@ void hierarchical_sweep_(std::vector<Tensor> grads, std::vector<Tensor> planes,
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   const std::vector<double> unused(grads.size(), 0.0);
   const StepLists lists{grads, grads, planes, tensor_states, steps, problems, unused, unused};
-  const HierarchicalOptions options =
-      options_of(check_lists(config, lists, global_states), maximize, grad_scale, rounding_seed);
-  check_parts(config, grads, counts, sums, raw);
-  std::vector<HierarchicalTensor> tensors;
-  for (size_t i = 0; i < grads.size(); ++i)
-    tensors.push_back({nullptr, grads[i].mutable_data_ptr(), planes[i].mutable_data_ptr(),
-                       mutable_floats(tensor_states[i]), mutable_floats(steps[i]), grads[i].numel(),
-                       counts[i], fastl2o::dtype_of(grads[i].scalar_type(), "grads"),
-                       problems.empty() ? 0 : problems[i], 0.0, 0.0});
+  DType planes_dtype = DType::f32;
+  auto tensors = step_tensors(config, lists, global_states, planes_dtype);
+  const HierarchicalOptions options = options_of(planes_dtype, maximize, grad_scale, rounding_seed);
+  set_counts(config, tensors, counts, sums, raw);
   fastl2o::cpu::hierarchical_sweep(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
                                    floats(global_states), global_states.size(0), options,
                                    parallel_for, static_cast<double*>(sums.mutable_data_ptr()),
                                    mutable_floats(raw));
 }
 
-void hierarchical_finish_(std::vector<Tensor> params, std::vector<Tensor> tensor_states,
-                          std::vector<Tensor> steps, Tensor global_states,
-                          std::vector<int64_t> problems, std::vector<int64_t> counts, Tensor meta,
-                          int64_t param_size, int64_t tensor_size, int64_t global_size,
-                          int64_t num_scales, std::vector<double> lr,
-                          std::vector<double> weight_decay, Tensor sums, Tensor raw) {
+void hierarchical_finish_(const TensorList& params, const TensorList& tensor_states,
+                          const TensorList& steps, Tensor global_states,
+                          const std::vector<int64_t>& problems, const std::vector<int64_t>& counts,
+                          Tensor meta, int64_t param_size, int64_t tensor_size, int64_t global_size,
+                          int64_t num_scales, const std::vector<double>& lr,
+                          const std::vector<double>& weight_decay, Tensor sums, Tensor raw) {
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
-  check_lengths({params, params, params, tensor_states, steps, problems, lr, weight_decay});
-  check_levels(config, tensor_states, steps, problems, global_states);
-  check_parts(config, params, counts, sums, raw);
+  const StepLists lists{params, params, params, tensor_states, steps, problems, lr, weight_decay};
+  check_lengths(lists);
+  check_global(config, global_states);
   std::vector<HierarchicalTensor> tensors;
+  tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(params[i].is_contiguous(), "parameter ", i, " of the list must be contiguous");
-    tensors.push_back({params[i].mutable_data_ptr(), nullptr, nullptr,
-                       mutable_floats(tensor_states[i]), mutable_floats(steps[i]),
-                       params[i].numel(), counts[i],
-                       fastl2o::dtype_of(params[i].scalar_type(), "params"),
-                       problems.empty() ? 0 : problems[i], lr[i], weight_decay[i]});
+    const ListTensor param = params[i];
+    STD_TORCH_CHECK(param.contiguous, "parameter ", i, " of the list must be contiguous");
+    HierarchicalTensor tensor = checked_levels(config, lists, global_states, i);
+    tensor.param = param.data();
+    tensor.numel = param.numel();
+    tensor.param_dtype = fastl2o::dtype_of(param.type, "params");
+    tensors.push_back(tensor);
   }
+  set_counts(config, tensors, counts, sums, raw);
   fastl2o::cpu::hierarchical_finish(fastl2o::cpu::best_kernels(), config, floats(meta), tensors,
                                     mutable_floats(global_states), global_states.size(0),
                                     parallel_for, static_cast<const double*>(sums.const_data_ptr()),

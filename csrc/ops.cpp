@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_tensor_args.h"
+#include "cpu_tensor_list.h"
 #include "nonfinite.h"
 
 namespace {
@@ -15,13 +16,14 @@ using fastl2o::check_floats;
 using fastl2o::DType;
 using fastl2o::Family;
 using fastl2o::floats;
-using fastl2o::has_shape;
+using fastl2o::ListTensor;
 using fastl2o::MetaLayout;
 using fastl2o::mutable_floats;
 using fastl2o::parallel_for;
 using fastl2o::RuleConfig;
 using fastl2o::scalar_of;
 using fastl2o::small_number;
+using fastl2o::TensorList;
 using fastl2o::cpu::StepOptions;
 using fastl2o::cpu::StepTensor;
 using torch::headeronly::ScalarType;
@@ -67,38 +69,47 @@ void check_config(const RuleConfig& config, const Tensor& meta, int64_t sets = 1
 }
 
 struct StepLists {
-  const std::vector<Tensor>& params;
-  const std::vector<Tensor>& grads;
-  const std::vector<Tensor>& states;
-  const std::vector<Tensor>* steps;
+  const TensorList& params;
+  const TensorList& grads;
+  const TensorList& states;
+  const TensorList* steps;
 };
 
-DType check_lists(const RuleConfig& config, const StepLists& lists) {
+void check_tensor(const RuleConfig& config, size_t index, const ListTensor& param,
+                  const ListTensor& grad, const ListTensor& state) {
+  STD_TORCH_CHECK(param.type == grad.type && grad.has_shape(param, 0), "gradient ", index,
+                  " of the list must have its parameter's type and shape");
+  STD_TORCH_CHECK(config.state_planes() == 0 ? state.numel() == 0
+                                             : state.has_shape(param, config.state_planes()),
+                  "state ", index, " of the list must have ", config.state_planes(),
+                  " planes of its parameter's shape");
+  STD_TORCH_CHECK(param.contiguous && grad.contiguous && state.contiguous, "tensors ", index,
+                  " of the lists must be contiguous");
+}
+
+// The tensors of a step, checked; `state_dtype` is that of all states.
+std::vector<StepTensor> step_tensors(const RuleConfig& config, const StepLists& lists,
+                                     DType& state_dtype) {
   const size_t count = lists.params.size();
   STD_TORCH_CHECK(lists.grads.size() == count && lists.states.size() == count &&
                       (lists.steps == nullptr || lists.steps->size() == count),
                   "params, grads, states and steps must be lists of the same length");
-  const ScalarType state_type = count == 0 ? ScalarType::Float : lists.states[0].scalar_type();
-  STD_TORCH_CHECK(state_type == ScalarType::Float || state_type == ScalarType::BFloat16,
-                  "states must be float32 or bfloat16 for the CPU kernels");
+  std::vector<StepTensor> tensors;
+  tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const Tensor &param = lists.params[i], &grad = lists.grads[i], &state = lists.states[i];
-    STD_TORCH_CHECK(param.scalar_type() == grad.scalar_type() && has_shape(grad, param, 0),
-                    "gradient ", i, " of the list must have its parameter's type and shape");
-    STD_TORCH_CHECK(state.scalar_type() == state_type, "state ", i,
+    const ListTensor param = lists.params[i], grad = lists.grads[i], state = lists.states[i];
+    const DType dtype = fastl2o::dtype_of(state.type, "states");
+    if (i == 0) state_dtype = dtype;
+    STD_TORCH_CHECK(state_dtype == DType::f32 || state_dtype == DType::bf16,
+                    "states must be float32 or bfloat16 for the CPU kernels");
+    STD_TORCH_CHECK(dtype == state_dtype, "state ", i,
                     " of the list has another type than the first");
-    STD_TORCH_CHECK(config.state_planes() == 0 ? state.numel() == 0
-                                               : has_shape(state, param, config.state_planes()),
-                    "state ", i, " of the list must have ", config.state_planes(),
-                    " planes of its parameter's shape");
-    STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && state.is_contiguous(),
-                    "tensors ", i, " of the lists must be contiguous");
-    if (lists.steps != nullptr)
-      STD_TORCH_CHECK(
-          (*lists.steps)[i].scalar_type() == ScalarType::Float && (*lists.steps)[i].numel() == 1,
-          "step ", i, " of the list must be one float32 number");
+    check_tensor(config, i, param, grad, state);
+    tensors.push_back({param.data(), grad.data(), state.data(),
+                       lists.steps == nullptr ? nullptr : (*lists.steps)[i].floats(1, "steps", i),
+                       param.numel(), fastl2o::dtype_of(param.type, "params")});
   }
-  return fastl2o::dtype_of(state_type, "states");
+  return tensors;
 }
 
 void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& meta, double lr,
@@ -109,7 +120,7 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
   options.meta_sets = fastl2o::meta_sets(meta, int64_t(lists.params.size()), "tensors");
   check_config(config, meta, options.meta_sets);
   options.nonfinite = fastl2o::nonfinite_of(nonfinite);
-  options.state_dtype = check_lists(config, lists);
+  std::vector<StepTensor> tensors = step_tensors(config, lists, options.state_dtype);
   options.stochastic_rounding = rounding_seed.has_value();
   options.seed = uint64_t(rounding_seed.value_or(0));
   STD_TORCH_CHECK(!options.stochastic_rounding || options.state_dtype == DType::bf16,
@@ -121,16 +132,8 @@ void run_step(const RuleConfig& config, const StepLists& lists, const Tensor& me
   options.maximize = maximize;
   options.unscale = scale.has_value();
   options.grad_scale = scale.value_or(1.0f);
-  std::vector<StepTensor> tensors;
-  tensors.reserve(lists.params.size());
-  for (size_t i = 0; i < lists.params.size(); ++i) {
-    const Tensor& param = lists.params[i];
-    tensors.push_back({param.mutable_data_ptr(), lists.grads[i].mutable_data_ptr(),
-                       lists.states[i].mutable_data_ptr(),
-                       lists.steps == nullptr ? nullptr : mutable_floats((*lists.steps)[i]),
-                       param.numel(), fastl2o::dtype_of(param.scalar_type(), "params")});
-    if (options.meta_sets > 1) tensors.back().meta_set = int64_t(i);
-  }
+  if (options.meta_sets > 1)
+    for (size_t i = 0; i < tensors.size(); ++i) tensors[i].meta_set = int64_t(i);
   const int64_t bad = fastl2o::cpu::step(fastl2o::cpu::best_kernels(), config, floats(meta),
                                          tensors, options, parallel_for);
   fastl2o::check_finite(bad);
@@ -216,15 +219,15 @@ std::tuple<Tensor, Tensor> run_unroll_backward(const RuleConfig& config, const T
 }
 
 // `found`: the index of the first gradient that holds NaN or Inf, or -1.
-void first_nonfinite_(std::vector<Tensor> grads, Tensor found) {
+void first_nonfinite_(const TensorList& grads, Tensor found) {
   STD_TORCH_CHECK(found.scalar_type() == ScalarType::Long && found.numel() == 1,
                   "found must be one int64 number");
   std::vector<fastl2o::cpu::Gradient> parts;
   parts.reserve(grads.size());
-  for (const Tensor& grad : grads) {
-    STD_TORCH_CHECK(grad.is_contiguous(), "grads must be contiguous");
-    parts.push_back(
-        {grad.const_data_ptr(), grad.numel(), fastl2o::dtype_of(grad.scalar_type(), "grads")});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const ListTensor grad = grads[i];
+    STD_TORCH_CHECK(grad.contiguous, "grads must be contiguous");
+    parts.push_back({grad.data(), grad.numel(), fastl2o::dtype_of(grad.type, "grads")});
   }
   const std::vector<bool> bad = fastl2o::cpu::find_nonfinite(parts, parallel_for);
   const auto first = std::find(bad.begin(), bad.end(), true);

@@ -1,6 +1,6 @@
 // One function per schema of fastl2o/ops.py, in the argument order of the schema.
 
-void lstm_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+void lstm_step_(const TensorList& params, const TensorList& grads, const TensorList& states,
                 Tensor meta, int64_t hidden_size, int64_t num_layers, bool log_sign, double p,
                 double eps, double output_scale, double lr, double weight_decay, bool maximize,
                 int64_t nonfinite, std::optional<Tensor> grad_scale,
@@ -10,11 +10,10 @@ void lstm_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
            grad_scale, found_inf, rounding_seed);
 }
 
-void rnnprop_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
-                   std::vector<Tensor> states, std::vector<Tensor> steps, Tensor meta,
-                   int64_t hidden_size, int64_t num_layers, double beta1, double beta2,
-                   double step_size, double lr, double weight_decay, bool maximize,
-                   int64_t nonfinite, std::optional<Tensor> grad_scale,
+void rnnprop_step_(const TensorList& params, const TensorList& grads, const TensorList& states,
+                   const TensorList& steps, Tensor meta, int64_t hidden_size, int64_t num_layers,
+                   double beta1, double beta2, double step_size, double lr, double weight_decay,
+                   bool maximize, int64_t nonfinite, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf, std::optional<int64_t> rounding_seed) {
   run_step(rnnprop_config(hidden_size, num_layers, beta1, beta2, step_size),
            {params, grads, states, &steps}, meta, lr, weight_decay, maximize, nonfinite, grad_scale,

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def capturing(params: Iterable[Tensor]) -> bool:
     """Whether a graph is being captured that a step of these parameters would become part of."""
-    return any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()
+    # the cheapest question first; a parameter on a GPU means that CUDA is initialised
+    return (
+        torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+        and any(p.is_cuda for p in params)
+    )
 
 
 def refuse_capture(name: str, params: Iterable[Tensor], groups: Groups) -> None:

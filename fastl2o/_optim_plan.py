@@ -10,6 +10,7 @@ from collections.abc import MutableMapping, Set
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import attrgetter, is_
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from .rules import HierarchicalRule, Rule
 Groups = list[dict[str, Any]]
 State = MutableMapping[Any, Any]
 
+_grad_of = attrgetter("grad")
 _dtype_of = attrgetter("dtype")
 _shape_of = attrgetter("shape")
 
@@ -83,6 +85,7 @@ class Bucket:
     where: list[int] = field(default_factory=list)  # indices into Plan.active
     params: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
+    planes: list[Tensor] = field(default_factory=list)  # of the states
     irregular: list[tuple[int, Layout]] = field(default_factory=list)  # (index in params, layout)
     # Of a rule whose parameters talk to each other: their shared state.
     shared: dict[str, Tensor] | None = None
@@ -97,6 +100,7 @@ class Bucket:
             where=[self.where[k] for k in kept],
             params=[self.params[k] for k in kept],
             states=[self.states[k] for k in kept],
+            planes=[self.planes[k] for k in kept],
             irregular=[(new, layouts[k]) for new, k in enumerate(kept) if k in layouts],
         )
 
@@ -120,18 +124,27 @@ class Plan:
     states: list[dict[str, Any]] = field(default_factory=list)  # of the active parameters
     planes: list[Tensor] = field(default_factory=list)
     irregular: list[int] = field(default_factory=list)
+    # Whether dtypes and contiguity are left to the list op, which refuses all that do not fit.
+    left_to_op: bool = False
     found: Tensor = field(default_factory=scratch)  # for looking for NaN and Inf
 
     def fits(self, grads: list[Tensor], state: State) -> bool:
         """Whether the tensors are still what the buckets were built from.
 
         Parameters may have been given other data (``p.data = ...``). Their dtype is not looked at:
-        a gradient has its parameter's, and where it was made not to, the list op refuses it.
+        a gradient has its parameter's, and where it was made not to, the list op refuses it. Nor is
+        anything that the op sees itself, where nothing else depends on it (``left_to_op``).
         """
         if self.missing or len(state) != len(self.all_states):
             return False
         try:
             planes = [entry["planes"] for entry in self.states]
+            if not all(map(is_, state.values(), self.all_states)) or not all(
+                map(is_, planes, self.planes)
+            ):
+                return False
+            if self.left_to_op:
+                return True
             # One op checks all of its tensors before it changes any; of several, the first would
             # have stepped before the second refused.
             if len(self.buckets) > 1 and (
@@ -140,9 +153,7 @@ class Plan:
             ):
                 return False
             return (
-                all(map(is_, state.values(), self.all_states))
-                and all(map(is_, planes, self.planes))
-                and list(map(_dtype_of, grads)) == self.dtypes
+                list(map(_dtype_of, grads)) == self.dtypes
                 and _contiguity(self.active, grads) == self.contiguous
                 and all(grads[i].layout is torch.strided for i in self.irregular)
             )
@@ -163,9 +174,9 @@ def gather(groups: Groups, state: State, plan: Plan | None) -> tuple[Plan, list[
             has been changed then, and states that are missing are not created here.
     """
     params: list[Tensor] = [p for group in groups for p in group["params"]]
-    grads = [p.grad for p in params]
+    grads: list[Any] = list(map(_grad_of, params))
     types: list[type] = list(map(type, grads))
-    present: list[Tensor] = [g for g in grads if g is not None]
+    present: list[Tensor] = [g for g in grads if g is not None] if NoneType in types else grads
     pattern = _pattern(groups)
     rules = [group["rule"] for group in groups]
     if (
@@ -279,12 +290,19 @@ def _fill(plan: Plan, groups: Groups, state: State, grads: list[Tensor]) -> None
         bucket.where.append(i)
         bucket.params.append(p)
         bucket.states.append(entry)
+        bucket.planes.append(entry["planes"])
     # The largest first: only the first list op can refuse a gradient before anything is changed.
     plan.buckets = sorted(buckets.values(), key=lambda bucket: -len(bucket.params))
     plan.dtypes = list(map(_dtype_of, plan.active))
     plan.contiguous = _contiguity(plan.active, grads)
     plan.states, plan.all_states = states, list(state.values())
     plan.planes = [entry["planes"] for entry in states]
+    plan.left_to_op = (
+        len(plan.buckets) == 1
+        and not plan.irregular
+        and not plan.split
+        and plan.active[0].device.type == "cpu"
+    )
 
 
 def _shared(name: str | None, rule: Rule, state: State) -> dict[str, Tensor] | None:

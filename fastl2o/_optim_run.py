@@ -57,7 +57,7 @@ def run(
     """
     settings_of = [Settings.of(groups[bucket.group_idx]) for bucket in plan.buckets]
     for bucket, settings in zip(plan.buckets, settings_of, strict=True):
-        dtype = bucket.states[0]["planes"].dtype
+        dtype = bucket.planes[0].dtype
         if settings.rounding is not None and dtype != torch.bfloat16:
             raise ValueError(
                 f"group {bucket.group_idx}: stochastic_rounding=True, but its states were made in "
@@ -103,13 +103,13 @@ def _run_bucket(
 ) -> None:
     """``owners``: the group of each parameter, where the rule steps them together."""
     params = bucket.params
-    planes = [entry["planes"] for entry in bucket.states]
+    planes = bucket.planes
     if bucket.split:
         params, grads, planes = ([local(t) for t in ts] for ts in (params, grads, planes))
     steps = [entry["step"] for entry in bucket.states] if settings.rule.needs_step else None
     copied: list[tuple[Tensor, Tensor]] = []  # (view of the original, contiguous copy)
     if bucket.irregular:
-        params, grads = list(params), list(grads)
+        params, grads, planes = list(params), list(grads), list(planes)
         for i, layout in bucket.irregular:
             planes[i] = layout.view(planes[i], planes=1)
             params[i] = _dense(layout.view(params[i]), copied)
@@ -192,11 +192,11 @@ def _rehearse(bucket: Bucket, settings: Settings, groups: Groups) -> None:
     """Step an empty tensor like those of the bucket: raises what the bucket itself would."""
     param = local(bucket.params[0].detach()).new_empty(0)
     param = torch.view_as_real(param)[..., 0] if param.is_complex() else param
-    planes = local(bucket.states[0]["planes"]).new_empty(settings.rule.state_planes, 0)
+    planes = local(bucket.planes[0]).new_empty(settings.rule.state_planes, 0)
     entry = {"planes": planes, "step": new_step(0.0, param.device)}
     if bucket.shared is not None:
         entry["tensor"] = bucket.states[0]["tensor"].clone()
-    probe = Bucket(bucket.group_idx, [0], [param], [entry], shared=bucket.shared)
+    probe = Bucket(bucket.group_idx, [0], [param], [entry], [planes], shared=bucket.shared)
     owners = [groups[bucket.group_idx]]
     _run_bucket(probe, settings, [param.clone()], Amp(None, None), 0, owners)
 

@@ -223,9 +223,14 @@ class LearnedOptimizer(Optimizer):
             if first_step:
                 for key in set(self.state) - known:
                     del self.state[key]
-            else:
-                gather(groups, self.state, None)  # names the parameter, where one does not fit
-            raise
+                raise
+            # names the parameter, where one does not fit
+            fresh, grads = gather(groups, self.state, None)
+            if not plan.left_to_op or fresh.left_to_op:
+                raise
+            # The op saw what it was left to see: that a tensor is laid out otherwise than before.
+            run(fresh, groups, grads, amp, checked=False)
+            self._plan = fresh
         for group in groups:
             if group["stochastic_rounding"]:
                 group["rounding_step"] += 1

@@ -18,6 +18,7 @@ from tests.common import (
     RuleCase,
     assert_as_accurate,
     autograd_unroll,
+    needs_cpu_kernels,
     over_backends,
     over_rules,
     over_small_rules,
@@ -269,6 +270,28 @@ def test_bad_lists_and_options_are_named() -> None:
         ops.step_(rule, [param], [grad], [state], nonfinite="ignore")
     ops.step_(rule, [], [], [])
     assert not param.any()
+
+
+@needs_cpu_kernels
+@over_small_rules
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_list_has_the_bits_of_its_tensors_stepped_alone(case: RuleCase, threads: int) -> None:
+    """Whichever tiles the coordinates share, on whichever thread."""
+    rule, generator = case.make(), torch.Generator().manual_seed(0)
+    sizes = (1, 47, 48, 0, 49, 100, 3, 96, 1000, 5, 5, 5, 130, 31, 32, 33, 0)
+    params, grads = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))
+    states = [random_state(rule, (n,), generator) for n in sizes]
+    alone = [[tensor.clone() for tensor in each] for each in (params, grads, states)]
+    steps = [[torch.full((), 3.0) for _ in sizes] for _ in range(2)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ops.step_(rule, params, grads, states, steps[0])
+    finally:
+        torch.set_num_threads(before)
+    for index in range(len(sizes)):
+        ops.step_(rule, *([each[index]] for each in (*alone, steps[1])))
+    assert same_bits([*params, *states, *steps[0]], [*alone[0], *alone[2], *steps[1]])
 
 
 @over_backends

@@ -14,35 +14,72 @@ namespace {
 
 constexpr int kMaxTile = 64;  // coordinates of the widest tile
 
-// Splits the coordinates [first, first + lanes) into segments; returns their number.
-int fill_segments(const std::vector<StepTensor>& tensors, const std::vector<int64_t>& starts,
-                  int64_t first, int lanes, size_t tensor, Segment* segments) {
-  const int64_t last = std::min(first + lanes, starts.back());
-  int count = 0;
-  for (int64_t at = first; at < last; ++tensor) {
-    const int64_t upto = std::min(starts[tensor + 1], last);
-    if (upto == at) continue;
-    segments[count++] = {&tensors[tensor], at - starts[tensor], int(upto - at), int(at - first)};
-    at = upto;
-  }
-  return count;
+// A coordinate of a list of tensors.
+struct Place {
+  size_t tensor;
+  int64_t offset;
+};
+
+// Where a thread's share may begin: at the tile of a tensor that coordinate `at` of all is in.
+Place tile_at(const std::vector<int64_t>& starts, int64_t at, int64_t lanes) {
+  if (at >= starts.back()) return {starts.size() - 1, 0};
+  const size_t tensor = owner_of(starts, at);
+  return {tensor, (at - starts[tensor]) / lanes * lanes};
 }
 
+// What whole tiles leave of each tensor, collected into tiles of several tensors.
+class Leftovers {
+ public:
+  Leftovers(const TileKernels& kernels, const StepContext& context)
+      : kernels_(kernels), context_(context) {}
+
+  // The coordinates from `offset` to the tensor's end, fewer than a tile.
+  void add(const StepTensor& tensor, int64_t offset, const StepTensor* following) {
+    while (offset < tensor.numel) {
+      const int room = kernels_.step_tile - lanes_;
+      const int count = int(std::min<int64_t>(room, tensor.numel - offset));
+      segments_[count_++] = {&tensor, offset, count, lanes_};
+      lanes_ += count;
+      offset += count;
+      if (count == room) step(following);
+    }
+  }
+
+  void step(const StepTensor* following) {
+    if (count_ > 0) kernels_.step(context_, {segments_, count_, following});
+    count_ = lanes_ = 0;
+  }
+
+ private:
+  const TileKernels& kernels_;
+  const StepContext& context_;
+  Segment segments_[kMaxTile];
+  int count_ = 0;
+  int lanes_ = 0;
+};
+
+// A tile of one tensor is stepped where its state lies, a tile of several has to be gathered and
+// scattered: so each tensor has whole tiles of its own from its start.
 void step_tiles(const TileKernels& kernels, const StepContext& context,
                 const std::vector<StepTensor>& tensors, const ParallelFor& parallel_for) {
   const std::vector<int64_t> starts = starts_of(tensors);
-  const int lanes = kernels.step_tile;
-  const int64_t tiles = (starts.back() + lanes - 1) / lanes;
-  parallel_for(tiles, [&](int64_t begin, int64_t end) {
-    Segment segments[kMaxTile];
-    size_t tensor = owner_of(starts, begin * lanes);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int count = fill_segments(tensors, starts, tile * lanes, lanes, tensor, segments);
-      tensor = size_t(segments[count - 1].tensor - tensors.data());
-      const bool more = tensor + 1 < tensors.size();
-      kernels.step(context, {segments, count, more ? &tensors[tensor + 1] : nullptr});
-      if (starts[tensor + 1] == (tile + 1) * lanes) ++tensor;
+  const int64_t lanes = kernels.step_tile;
+  parallel_for((starts.back() + lanes - 1) / lanes, [&](int64_t begin, int64_t end) {
+    const Place first = tile_at(starts, begin * lanes, lanes);
+    const Place last = tile_at(starts, end * lanes, lanes);
+    Leftovers leftovers(kernels, context);
+    for (size_t i = first.tensor; i < tensors.size() && i <= last.tensor; ++i) {
+      const StepTensor& tensor = tensors[i];
+      const StepTensor* following = i + 1 < tensors.size() ? &tensors[i + 1] : nullptr;
+      const int64_t stop = i == last.tensor ? last.offset : tensor.numel;
+      int64_t offset = i == first.tensor ? first.offset : 0;
+      for (; offset + lanes <= stop; offset += lanes) {
+        const Segment segment{&tensor, offset, int(lanes), 0};
+        kernels.step(context, {&segment, 1, following});
+      }
+      if (i != last.tensor) leftovers.add(tensor, offset, following);
     }
+    leftovers.step(nullptr);
   });
 }
 

@@ -209,11 +209,16 @@ inline constexpr int64_t kSmallTensor = 1024;
 static Prefetch prefetch_following(const StepContext& context, const Segment& part,
                                    const StepTensor& following, int blocks) {
   constexpr int run = 512;  // bytes between two looks at the counter
+  constexpr int lanes = kLanes<kStepVectors>;
   Prefetch prefetch;
   const int64_t bytes =
       context.config.state_planes() * following.numel * state_bytes(context.options.state_dtype);
-  const int64_t first = bytes * part.offset / part.tensor->numel / run;
-  const int64_t last = (bytes * (part.offset + part.count) / part.tensor->numel + run - 1) / run;
+  const int64_t numel = part.tensor->numel;
+  const int64_t own = numel < lanes ? numel : numel / lanes * lanes;
+  // What whole tiles leave of a tensor has its turn later, when the following is there already.
+  if (part.offset >= own) return prefetch;
+  const int64_t first = bytes * part.offset / own / run;
+  const int64_t last = (bytes * (part.offset + part.count) / own + run - 1) / run;
   prefetch.base = reinterpret_cast<uintptr_t>(following.state) + uintptr_t(first * run);
   prefetch.plane_bytes = prefetch.bytes = run;
   prefetch.planes = int(last - first);
