@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -178,6 +180,22 @@ def test_eval_prints_json_and_writes_the_same(rule_file: Path, tmp_path: Path) -
     assert names == ["adam-like", "SGD", "Nesterov", "RMSprop", "Adam"]
     assert list(result["rows"][0]["values"]) == ["step 3", "sum of 6", "last 1"]
     assert result["rows"][0]["ratios"]["step 3"] > 0
+
+
+@pytest.mark.parametrize(("out", "named"), [("a.json", "a.json"), ("all", "all/curves.png")])
+def test_eval_names_what_a_full_disk_had_no_room_for(
+    out: str, named: str, main_error: Callable[..., str], rule_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    message = main_error(
+        "eval", rule_file, "--no-baselines", "--horizon", 2, "--seeds", 1, "--out", tmp_path / out
+    )
+    assert f"cannot write '{tmp_path / named}': No space left on device; free some" in message
+    assert not (tmp_path / named).exists()
 
 
 def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
