@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,7 +115,7 @@ def _save(recipe: Recipe, trainer: MetaTrainer, folder: Path) -> None:
         **recipe.card,
         "name": recipe.name,
         "description": recipe.description,
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_card(),
         "trained": {
             "outer_steps": trainer.outer_step,
             "best_step": best,

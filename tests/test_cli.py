@@ -94,6 +94,7 @@ def test_train_saves_a_rule_with_its_recipe(recipe: Path, tmp_path: Path) -> Non
     rule = fastl2o.load(out / "tiny.safetensors")
     assert rule.config()["hidden_size"] == 3
     assert rule.card["recipe"]["seed"] == 3
+    assert str(tmp_path) not in json.dumps(rule.card)  # where the recipe lay is not told on
     assert rule.card["trained"]["outer_steps"] == 2
 
 
