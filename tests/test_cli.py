@@ -259,6 +259,17 @@ def test_bench_outside_a_source_tree_says_where_it_is(monkeypatch, tmp_path: Pat
         run("bench")
 
 
+@pytest.mark.parametrize("package", ["pytest", "pytest_benchmark"])
+def test_bench_without_its_packages_names_the_extra(
+    package: str, monkeypatch, main_error: Callable[..., str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, package, None)
+        message = main_error("bench")
+    assert f"the benchmarks need {package}; " in message
+    assert "pip install 'fastl2o[bench]'" in message
+
+
 def test_main_prints_expected_errors_on_one_line(main_error: Callable[..., str]) -> None:
     assert "no-such-recipe" in main_error("train", "no-such-recipe")
     assert "sizes=" in main_error("eval", "lstm-mnist", "--dim", 10**12)
