@@ -93,6 +93,11 @@ def _train(recipe: Recipe, trainer: MetaTrainer, folder: Path, resume: bool, ran
                 f"{recipe.name}: {trainer.rule}, {recipe.outer_steps} outer steps{begun}{shared}, "
                 f"in {folder}"
             )
+            if trainer.outer_step >= recipe.outer_steps:
+                typer.echo(
+                    f"nothing is left to do: {trainer.outer_step} of {recipe.outer_steps} outer "
+                    "steps are done; give more by --outer-steps"
+                )
         try:
             trainer.fit(recipe.outer_steps)
         except KeyboardInterrupt:

@@ -106,6 +106,9 @@ def test_train_resumes_to_the_same_rule_as_without_a_break(recipe: Path, tmp_pat
         run("train", recipe, "--out", broken)
     text = run("train", recipe, "--out", broken, "--resume", "--outer-steps", 4)
     assert "4 outer steps, continued after 2" in text
+    assert "nothing is left" not in text
+    text = run("train", recipe, "--out", broken, "--resume", "--outer-steps", 3)
+    assert "nothing is left to do: 4 of 3 outer steps are done; give more by --outer-steps" in text
     rules = [fastl2o.load(folder / "tiny.safetensors") for folder in (whole, broken)]
     assert torch.equal(*(rule.flat_parameters() for rule in rules))
 
