@@ -98,6 +98,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
+    from ._files import atomic_write
     from .evaluate import (
         LEARNING_RATES,
         Setting,
@@ -160,7 +161,7 @@ def evaluate(
         text = json.dumps(document(comparisons), indent=2, allow_nan=False)
     written = [] if folder is None else write_report(comparisons, folder)
     if out is not None and folder is None:
-        out.write_text(text + "\n", encoding="utf-8")
+        atomic_write(out, f"{text}\n".encode())
     if as_json:
         typer.echo(text)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,6 +93,11 @@ def _train(recipe: Recipe, trainer: MetaTrainer, folder: Path, resume: bool, ran
                 f"{recipe.name}: {trainer.rule}, {recipe.outer_steps} outer steps{begun}{shared}, "
                 f"in {folder}"
             )
+            if trainer.outer_step >= recipe.outer_steps:
+                typer.echo(
+                    f"nothing is left to do: {trainer.outer_step} of {recipe.outer_steps} outer "
+                    "steps are done; give more by --outer-steps"
+                )
         try:
             trainer.fit(recipe.outer_steps)
         except KeyboardInterrupt:
@@ -115,7 +120,7 @@ def _save(recipe: Recipe, trainer: MetaTrainer, folder: Path) -> None:
         **recipe.card,
         "name": recipe.name,
         "description": recipe.description,
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_card(),
         "trained": {
             "outer_steps": trainer.outer_step,
             "best_step": best,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from ._files import atomic_write
 
 __all__ = ["new_figure", "save"]
 
@@ -27,7 +30,12 @@ def new_figure(width: float, height: float, instead: str) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure, in folders made for it; the ending gives the format (.png, .svg, .pdf)."""
+    """Write a figure, in folders made for it; the ending gives the format (.png, .svg, .pdf).
+
+    A picture that is there is replaced whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format=path.suffix[1:] or None)
+    atomic_write(path, buffer.getvalue())
     return path

@@ -8,9 +8,12 @@ that a full disk or a kill leaves the previous one as it was.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,22 +32,51 @@ FORMAT_VERSION = 1
 # The largest rule has about 100,000 meta-parameters; a file far beyond that is something else.
 _LARGEST_FILE = 64 * 2**20
 _DTYPES = (torch.float32, torch.float64)
+_SUFFIX = ".safetensors"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, which at any moment holds all of the old or all of the new content.
 
+    What a symbolic link names is written, and the link stays; a file keeps its permissions.
+
     Raises:
-        OSError: the disk is full or the folder cannot be written; the previous file is untouched.
+        OSError: the disk is full, the folder is not there or cannot be written, or `path` is no
+            regular file. The message names `path`; what was there is untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        # A rename over a link, a device or a pipe would put a file in its place.
+        target = Path(os.path.realpath(path))
+        mode = target.stat().st_mode if target.exists() else None
+        if not target.parent.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, f"there is no folder {str(target.parent)!r}; make it first"
+            )
+        if mode is not None and not stat.S_ISREG(mode):
+            raise OSError(
+                errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL,
+                "it is there and no regular file; choose another name",
+            )
+        _replace(target, data, mode)
+    except OSError as error:
+        # The error of a full disk has no name in it, others that of the temporary file.
+        problem = f"cannot write {os.fspath(path)!r}: {error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            problem += "; free some space, or choose another place"
+        raise OSError(error.errno, problem) from error
+
+
+def _replace(target: Path, data: bytes, mode: int | None) -> None:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if mode is not None and mode != temporary.stat().st_mode:
+            os.chmod(temporary, stat.S_IMODE(mode))
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -59,12 +91,15 @@ def save_rule(
     Args:
         rule: a rule of a known family, with finite float32 or float64 meta-parameters, kept to the
             last bit.
-        path: where to write; an existing file is replaced only once the new one is complete.
+        path: where to write, a name that ends in .safetensors; an existing file is replaced only
+            once the new one is complete.
         card: what to say about the meta-parameters (how trained, on what, horizon, results), a
             JSON-able mapping.
 
     Raises:
-        ValueError: the rule or card cannot be written in a form that loads again.
+        ValueError: the rule or card cannot be written in a form that loads again, or `path` has
+            another ending.
+        TypeError: `path` is no path, or `card` no mapping.
         OSError: the file cannot be written; an existing one is untouched.
 
     Example:
@@ -74,6 +109,11 @@ def save_rule(
         >>> fastl2o.load(path).card
         {'trained_on': 'nothing yet'}
     """
+    _check_path(path)
+    if card is not None and not isinstance(card, Mapping):
+        raise TypeError(
+            f"Invalid card: {card!r}; pass a mapping of strings, finite numbers and lists"
+        )
     if rule.family not in FAMILIES:
         raise ValueError(
             f"Invalid rule: family {rule.family!r} has no file format; known are {sorted(FAMILIES)}"
@@ -94,6 +134,23 @@ def save_rule(
         ) from error
     # One entry, because safetensors writes several in any order: equal rules make equal files.
     atomic_write(path, save_tensors(tensors, metadata={FORMAT: text}))
+
+
+def _check_path(path: object) -> None:
+    """Refuse what `load` would not take for the path of a rule file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"Invalid path: {path!r}; pass the path of a {_SUFFIX} file")
+    text = str(path)
+    if _SCHEME.match(text):
+        raise ValueError(
+            f"Invalid path: {text!r} is an address; save to a path, or share the rule on the Hub "
+            "with push_to_hub"
+        )
+    if not text.endswith(_SUFFIX):
+        raise ValueError(
+            f"Invalid path: {text!r}; the name of a rule file ends in {_SUFFIX}, by which "
+            "fastl2o.load knows a path from a shipped rule's name"
+        )
 
 
 def load(
@@ -119,9 +176,10 @@ def load(
         `card["source"]`.
 
     Raises:
-        ValueError: an unknown name, an address without revision, or a file that is truncated, no
-            rule file, of another family or version, or whose tensors have wrong names, shapes,
-            dtypes or values.
+        TypeError: `name_or_path` is neither.
+        ValueError: an unknown name, an address without revision or not of the Hub, or a file that
+            is truncated, no rule file, of another family or version, or whose tensors have wrong
+            names, shapes, dtypes or values.
         ImportError: an `hf://` address without huggingface_hub.
         OSError: the file cannot be read (FileNotFoundError if it is not there) or downloaded.
 
@@ -136,6 +194,11 @@ def load(
         ...
         ValueError: Invalid address: 'hf://owner/name' has no revision...
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(
+            f"Invalid name_or_path: {name_or_path!r}; pass a shipped rule's name "
+            f"({', '.join(zoo.names())}), the path of a {_SUFFIX} file, or an hf:// address"
+        )
     if _hub.is_address(name_or_path):
         address = _hub.parse_address(str(name_or_path))
         path, source = _hub.download(
@@ -144,8 +207,13 @@ def load(
         rule = _parse_rule(_read(path), source, family)
         rule.card["source"] = source
         return rule
+    if isinstance(name_or_path, str) and _SCHEME.match(name_or_path):
+        raise ValueError(
+            f"Invalid address: {name_or_path!r}; only {_hub.PREFIX}owner/name@revision is "
+            "downloaded (in small letters). Download the file and pass its path"
+        )
     is_name = isinstance(name_or_path, str) and not (
-        name_or_path.endswith(".safetensors") or os.sep in name_or_path or "/" in name_or_path
+        name_or_path.endswith(_SUFFIX) or os.sep in name_or_path or "/" in name_or_path
     )
     path = zoo.path(str(name_or_path)) if is_name else Path(name_or_path)
     if path.is_dir():

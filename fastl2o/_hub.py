@@ -164,9 +164,13 @@ def push_rule(
     """Write a rule and its model card to a repository on the Hub; see `Rule.push_to_hub`."""
     from ._files import save_rule  # here, because _files imports this module
 
+    if not isinstance(repo_id, str):
+        raise TypeError(f"Invalid repo_id: {repo_id!r}; accepted is 'owner/name'")
     if re.fullmatch(_REPOSITORY, repo_id, flags=re.ASCII) is None:
         raise ValueError(f"Invalid repo_id: {repo_id!r}; accepted is 'owner/name'")
     hub = _huggingface_hub(f"pushing to {repo_id!r}")
+    if card is not None and not isinstance(card, Mapping):
+        raise TypeError(f"Invalid card: {card!r}; pass a mapping, or None for the rule's own card")
     told = dict(rule.card if card is None else card)
     told.pop("source", None)  # where a rule was loaded from is not where it goes
     with tempfile.TemporaryDirectory() as folder:

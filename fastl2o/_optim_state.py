@@ -25,7 +25,7 @@ PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Looked at on every step for values assigned since the last.
 CHECKED_OPTIONS = (
-    *("rule", "lr", "weight_decay", "nonfinite", "state_dtype", "foreach", "fused"),
+    *("rule", "lr", "weight_decay", "maximize", "nonfinite", "state_dtype", "foreach", "fused"),
     *("stochastic_rounding", "seed"),
 )
 
@@ -121,6 +121,25 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_number("ahead", options.get("ahead", 0.0))
     check_flags(options)
     _check_rounding(options, state_dtype)
+
+
+def check_state_dtype(group: Mapping[str, Any], index: int, state: Mapping[Any, Any]) -> None:
+    """Raise ValueError if a group asks for another dtype than the one its states were made in."""
+    made = next((state[p]["planes"] for p in group["params"] if "planes" in state.get(p, ())), None)
+    if isinstance(made, Tensor) and made.dtype != group["state_dtype"]:
+        raise ValueError(
+            f"Invalid state_dtype: {group['state_dtype']} for group {index}, but its states were "
+            f"made in {made.dtype} and are not converted. Set it back, or delete their entries of "
+            "optimizer.state, which begins them anew"
+        )
+
+
+def plain_numbers(options: dict[str, Any]) -> None:
+    """Turn numbers of other kinds into Python's, which are all that ``weights_only`` reads."""
+    for name in ("lr", "weight_decay"):
+        value = options.get(name, 0.0)
+        if not isinstance(value, Tensor) and type(value) not in (int, float):
+            options[name] = float(value)
 
 
 def _check_rounding(options: Mapping[str, Any], state_dtype: torch.dtype) -> None:

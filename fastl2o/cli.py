@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,13 @@ def bench(context: typer.Context) -> None:
         raise RuntimeError(
             f"there are no benchmarks at {folder}: they are part of the source tree, not of the "
             "package; run 'make bench' in a clone"
+        )
+    missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"the benchmarks need {' and '.join(missing)}; install what they need with: "
+            "pip install 'fastl2o[bench]' (in a clone: "
+            "pip install --no-build-isolation -e '.[bench]')"
         )
     command = [sys.executable, "-m", "pytest", str(folder), *context.args]
     raise typer.Exit(subprocess.run(command, cwd=folder.parent, check=False).returncode)

@@ -28,8 +28,10 @@ from ._optim_state import (
     GROUP_DEFAULTS,
     OWN_ENTRIES,
     check_options,
+    check_state_dtype,
     laid_out,
     new_step,
+    plain_numbers,
     resolve_rule,
     uses_reference,
     without_hooks,
@@ -140,6 +142,7 @@ class LearnedOptimizer(Optimizer):
             "differentiable": differentiable,
         }
         check_options(defaults)
+        plain_numbers(defaults)
         self._plan: Plan | None = None
         self._checked_options: list[tuple[Any, ...]] = []
         super().__init__(params, {**defaults, "rule": resolve_rule(rule)})
@@ -152,6 +155,7 @@ class LearnedOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
+            plain_numbers(param_group)
             if "rule" in param_group:
                 param_group["rule"] = resolve_rule(param_group["rule"])
             params = param_group["params"]
@@ -250,10 +254,15 @@ class LearnedOptimizer(Optimizer):
     def _check_assigned_options(self) -> None:
         """Check options that were assigned to the groups since the last step."""
         options = [tuple(map(group.get, CHECKED_OPTIONS)) for group in self.param_groups]
-        if options == self._checked_options:
-            return
-        for group in self.param_groups:
+        try:
+            if options == self._checked_options:
+                return
+        except (RuntimeError, ValueError):
+            pass  # a tensor or an array of several numbers, which is refused below
+        for index, group in enumerate(self.param_groups):
             check_options(group)
+            check_state_dtype(group, index, self.state)
+            plain_numbers(group)
             if not isinstance(group["rule"], Rule):
                 group["rule"] = resolve_rule(group["rule"])
         self._checked_options = options

@@ -226,3 +226,14 @@ def run_steps(
         else:
             with fastl2o.backend(backend):
                 optimizer.step()
+
+
+def two_groups() -> tuple[list[torch.nn.Parameter], LearnedOptimizer]:
+    """Two parameters with gradients, each in a group of its own, before their first step."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = LearnedOptimizer(
+        [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], LSTMRule(hidden_size=2)
+    )
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params, optimizer

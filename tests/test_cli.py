@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +94,7 @@ def test_train_saves_a_rule_with_its_recipe(recipe: Path, tmp_path: Path) -> Non
     rule = fastl2o.load(out / "tiny.safetensors")
     assert rule.config()["hidden_size"] == 3
     assert rule.card["recipe"]["seed"] == 3
+    assert str(tmp_path) not in json.dumps(rule.card)  # where the recipe lay is not told on
     assert rule.card["trained"]["outer_steps"] == 2
 
 
@@ -103,6 +106,9 @@ def test_train_resumes_to_the_same_rule_as_without_a_break(recipe: Path, tmp_pat
         run("train", recipe, "--out", broken)
     text = run("train", recipe, "--out", broken, "--resume", "--outer-steps", 4)
     assert "4 outer steps, continued after 2" in text
+    assert "nothing is left" not in text
+    text = run("train", recipe, "--out", broken, "--resume", "--outer-steps", 3)
+    assert "nothing is left to do: 4 of 3 outer steps are done; give more by --outer-steps" in text
     rules = [fastl2o.load(folder / "tiny.safetensors") for folder in (whole, broken)]
     assert torch.equal(*(rule.flat_parameters() for rule in rules))
 
@@ -180,6 +186,22 @@ def test_eval_prints_json_and_writes_the_same(rule_file: Path, tmp_path: Path) -
     assert result["rows"][0]["ratios"]["step 3"] > 0
 
 
+@pytest.mark.parametrize(("out", "named"), [("a.json", "a.json"), ("all", "all/curves.png")])
+def test_eval_names_what_a_full_disk_had_no_room_for(
+    out: str, named: str, main_error: Callable[..., str], rule_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    message = main_error(
+        "eval", rule_file, "--no-baselines", "--horizon", 2, "--seeds", 1, "--out", tmp_path / out
+    )
+    assert f"cannot write '{tmp_path / named}': No space left on device; free some" in message
+    assert not (tmp_path / named).exists()
+
+
 def test_eval_prints_a_table_on_digits(rule_file: Path) -> None:
     text = run(
         "eval", rule_file, "--task", "digits", "--horizon", 2, "--seeds", 2, "--hidden", "4,3",
@@ -238,6 +260,17 @@ def test_bench_outside_a_source_tree_says_where_it_is(monkeypatch, tmp_path: Pat
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastl2o" / "cli.py"))
     with pytest.raises(RuntimeError, match="make bench"):
         run("bench")
+
+
+@pytest.mark.parametrize("package", ["pytest", "pytest_benchmark"])
+def test_bench_without_its_packages_names_the_extra(
+    package: str, monkeypatch, main_error: Callable[..., str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, package, None)
+        message = main_error("bench")
+    assert f"the benchmarks need {package}; " in message
+    assert "pip install 'fastl2o[bench]'" in message
 
 
 def test_main_prints_expected_errors_on_one_line(main_error: Callable[..., str]) -> None:

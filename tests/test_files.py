@@ -160,6 +160,20 @@ def test_other_things_are_not_rules(tmp_path: Path) -> None:
         fastl2o.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", [None, 5, b"lstm"], ids=repr)
+def test_what_is_no_name_and_no_path_is_not_loaded(name: Any) -> None:
+    with pytest.raises(TypeError, match=r"Invalid name_or_path: .*; pass a shipped rule's name"):
+        fastl2o.load(name)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://x/y.safetensors", "HF://owner/name@v1", "file:///x.safetensors"]
+)
+def test_addresses_of_other_kinds_are_not_taken_for_paths(address: str) -> None:
+    with pytest.raises(ValueError, match=f"Invalid address: {address!r}; only hf://owner/name@rev"):
+        fastl2o.load(address)
+
+
 @given(data=st.data())
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_files_load_or_say_why(data: st.DataObject, tmp_path: Path) -> None:
@@ -199,6 +213,9 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     for card in ({"loss": float("nan")}, {"rule": rule}):
         with pytest.raises(ValueError, match="Invalid card"):
             rule.save(path, card)
+    for no_card in ("x", 5, []):
+        with pytest.raises(TypeError, match=r"Invalid card: .*; pass a mapping"):
+            rule.save(path, no_card)
     with pytest.raises(ValueError, match=r"dtype torch\.float16"):
         LSTMRule(2, 1).half().save(path)
     with torch.no_grad():
@@ -206,6 +223,62 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"readout\.bias holds NaN or Inf"):
         rule.save(path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("", ValueError, r"Invalid path: ''; the name of a rule file ends in \.safetensors"),
+        ("x.pt", ValueError, "Invalid path: 'x.pt'; the name"),
+        (Path("noext"), ValueError, "Invalid path: 'noext'; the name"),
+        ("hf://a/b@c/x.safetensors", ValueError, r"is an address; .* push_to_hub"),
+        (None, TypeError, r"Invalid path: None; pass the path of a \.safetensors file"),
+        (5, TypeError, "Invalid path: 5; pass"),
+        ("nowhere/x.safetensors", FileNotFoundError, "'nowhere/x.*no folder .*nowhere'; make it"),
+        ("folder.safetensors", IsADirectoryError, "'folder.* no regular file; choose another"),
+        ("pipe.safetensors", OSError, "'pipe.* no regular file; choose another name"),
+        ("link.safetensors", OSError, "'link.* no regular file; choose another name"),
+    ],
+    ids=repr,
+)
+def test_a_rule_is_saved_only_where_a_rule_file_can_be(
+    path: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.safetensors")
+    Path("folder.safetensors").mkdir()
+    Path("link.safetensors").symlink_to("pipe.safetensors")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=message):
+        LSTMRule(2, 1).save(path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert Path("pipe.safetensors").is_fifo()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["file", "nothing"])
+def test_saving_over_a_link_writes_what_it_names(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    target, link = tmp_path / "models" / "v1.safetensors", tmp_path / "current.safetensors"
+    if there:
+        LSTMRule(2, 1).save(target, {"version": "first"})
+    link.symlink_to("models/v1.safetensors")
+    LSTMRule(2, 1).save(link, {"version": "second"})
+    assert link.is_symlink()
+    assert fastl2o.load(target).card == {"version": "second"}
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+
+
+def test_saving_again_keeps_the_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "rule.safetensors"
+    LSTMRule(2, 1).save(path)
+    fresh = path.stat().st_mode
+    for mode in (0o640, 0o600):
+        path.chmod(mode)
+        LSTMRule(2, 1).save(path)
+        assert path.stat().st_mode & 0o777 == mode
+    path.unlink()
+    LSTMRule(2, 1).save(path)
+    assert path.stat().st_mode == fresh
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
@@ -223,8 +296,9 @@ def test_a_full_disk_leaves_the_previous_file(
         monkeypatch.setattr(_files, "open", _FullDisk(fail), raising=False)
     else:
         monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*; free some space") as error:
         LSTMRule(2, 1).save(path, {"version": "second"})
+    assert f"cannot write {str(path)!r}: " in str(error.value)
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -282,6 +282,10 @@ def test_what_cannot_be_pushed_sends_nothing(pushed: list[dict[str, Any]]) -> No
     rule = LSTMRule(hidden_size=4)
     with pytest.raises(ValueError, match="Invalid repo_id: 'my-rule'"):
         rule.push_to_hub("my-rule")
+    with pytest.raises(TypeError, match="Invalid repo_id: None; accepted is 'owner/name'"):
+        rule.push_to_hub(None)
+    with pytest.raises(TypeError, match="Invalid card: 5; pass a mapping"):
+        rule.push_to_hub(REPOSITORY, card=5)
     with pytest.raises(ValueError, match="Invalid card"):
         rule.push_to_hub(REPOSITORY, card={"loss": float("nan")})
     with torch.no_grad():

@@ -179,6 +179,10 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD)
     assert load_recipe(path) == parse_recipe(GOOD)
+    path.write_text(GOOD.replace("dim = 3", "dim = 0"))
+    with pytest.raises(RecipeError, match=r"mine\.toml, tasks\[0\]: dim must be") as caught:
+        build_trainer(path)
+    assert str(caught.value).startswith(str(path))
     with pytest.raises(FileNotFoundError, match=r"no recipe 'lstm-mnits'.*lstm-mnist"):
         load_recipe("lstm-mnits")
 
@@ -191,6 +195,12 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
         ("seed = 3", "sede = 3", "unknown key 'sede'; did you mean 'seed'"),
         ("seed = 3", "seed = -3", "seed must be"),
         ("seed = 3", "seed = true", "seed must be an integer, got True"),
+        ("outer_steps = 6", "outer_steps = 0", "outer_steps must be an int of at least 1, got 0"),
+        (
+            "final = 0.1",
+            "final = 0.1\nwarmup = 7",
+            r"schedule\.warmup must be at most outer_steps = 6, .*; got 7",
+        ),
         ("outer_steps = 6", "outer_steps = 6.5", "outer_steps must be an integer, got 6.5"),
         (
             'family = "lstm"',
@@ -236,9 +246,16 @@ def test_bad_recipes(old: str, new: str, message: str) -> None:
         ("dim = 3", "dim = 0", r"tasks\[0\]: dim must be"),
         ("hidden = [4]", "hidden = [0]", r"tasks\[1\]: hidden must be"),
         ("convex = 2\n", "", "convex_scaling needs convex"),
-        ("scaling = 3", "scaling = -3", "bound must be"),
+        ("scaling = 3", "scaling = -3", r"tasks\[1\]: scaling must be a finite number"),
+        ("convex = 2", "convex = 0", r"tasks\[1\]: convex must be an int of at least 1, got 0"),
+        ("convex_scaling = 1.0", "convex_scaling = -1", r"tasks\[1\]: convex_scaling must be"),
+        ("dim = 3", "noise = -1.0", r"tasks\[0\]: noise must be a finite number"),
+        ("dim = 3", "sparse = 2.0", r"tasks\[0\]: sparse must be a finite number"),
+        ("dim = 3", "tensor_scaling = -1", r"tasks\[0\]: tensor_scaling must be"),
+        ("dim = 3", "batch_sizes = [2, 4]", r"tasks\[0\]: batch_sizes: task must have a batch_s"),
+        ("convex = 2", "convex = 2\nbatch_sizes = [4, 2]", r"tasks\[1\]: batch_sizes \(low, high"),
         ('objective = "log"', 'objective = "mean"', "estimator: objective must be one of"),
-        ("[0, 6]", "[1, 6]", "trainer: stages must be"),
+        ("[0, 6]", "[1, 6]", r"trainer\.horizon: stages must be"),
         ("runs = 2\nclip", "runs = 0\nclip", "trainer: runs must be"),
         ("lr = 3e-3", "lr = -1", "optimizer: lr must be a finite number"),
         ("lr = 3e-3", "lr = inf", "optimizer: lr must be a finite number"),
@@ -247,14 +264,19 @@ def test_bad_recipes(old: str, new: str, message: str) -> None:
         ("probability = 0.5", "probability = 1.5", "imitation: probability must be"),
         ("betas = [0.95", "betas = [1.5", "imitation: betas must be"),
         ("timescales = [2", "timescales = [1", "timescales: .*low"),
-        ("weight = 2", "weight = 0", "trainer: task_weights must be"),
+        ("weight = 2", "weight = 0", r"tasks\[0\]: weight must be a finite number above 0, got 0"),
     ],
 )
 def test_impossible_values(old: str, new: str, message: str) -> None:
-    recipe = parse_recipe(GOOD.replace(old, new, 1))
-    with pytest.raises(RecipeError, match=message) as caught:
-        build_trainer(recipe)
-    assert str(caught.value).startswith("recipe 'tiny', ")
+    assert old in GOOD
+    text = GOOD.replace(old, new, 1)
+    for recipe, named in (
+        (parse_recipe(text), "recipe 'tiny'"),
+        (parse_recipe(text, "mine.toml"), "mine.toml"),
+    ):
+        with pytest.raises(RecipeError, match=message) as caught:
+            build_trainer(recipe)
+        assert str(caught.value).startswith(f"{named}, ")
 
 
 def test_missing_data_names_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

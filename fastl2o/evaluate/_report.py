@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .._figure import new_figure
+from .._files import atomic_write
 from .._version import __version__
 from ._compare import Comparison
 from ._figures import draw_curves, draw_generalisation
@@ -129,6 +130,7 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
 
     Raises:
         RuntimeError: without matplotlib.
+        OSError: a file cannot be written; the message names it.
 
     Example:
         >>> import tempfile
@@ -147,8 +149,8 @@ def write_report(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     if measured:
         paths.append(draw_generalisation(comparisons, folder / "generalisation.png"))
     text = json.dumps(document(comparisons), indent=1, allow_nan=False)
-    paths[1].write_text(text + "\n", encoding="utf-8")
-    paths[0].write_text(_markdown(comparisons, measured), encoding="utf-8")
+    atomic_write(paths[1], f"{text}\n".encode())
+    atomic_write(paths[0], _markdown(comparisons, measured).encode())
     return paths
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,4 @@ def draw_training(log: Path, picture: Path) -> Path:
         axes.plot(*_thinned(steps, values), marker=marker, markersize=3)
         axes.set(xlabel="outer step", title=name.replace("_", " "), yscale=scale)
         axes.grid(alpha=0.3)
-    temporary = picture.with_name(f".{picture.name}")
-    save(figure, temporary)
-    os.replace(temporary, picture)
-    return picture
+    return save(figure, picture)

@@ -169,11 +169,16 @@ def check_recipe(source: str, table: dict[str, Any]) -> None:
         raise RecipeError(
             f"{source}: timescales must be [shortest, longest], got {table['timescales']!r}"
         )
-    for key in ("seed", "outer_steps"):
+    for key, minimum in (("seed", 0), ("outer_steps", 1)):
         with naming(source, key):
-            check_number(key, table.get(key, 0), minimum=0, integer=True)
-            if table.get(key, 0) >= 2**63:
+            check_number(key, table.get(key, minimum), minimum=minimum, integer=True)
+            if table.get(key, minimum) >= 2**63:
                 raise ValueError(f"{key} must be below 2**63, got {table[key]}")
+    if table.get("schedule", {}).get("warmup", 0) > table["outer_steps"]:
+        raise RecipeError(
+            f"{source}: schedule.warmup must be at most outer_steps = {table['outer_steps']}, or "
+            f"the rate never gets to what optimizer.lr says; got {table['schedule']['warmup']}"
+        )
     if not _NAME.fullmatch(table["name"]):
         raise RecipeError(
             f"{source}: name is that of the rule's file: letters, digits, '.', '_' and '-', "

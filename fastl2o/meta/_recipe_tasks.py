@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from . import tasks
@@ -116,18 +117,37 @@ def transformed(task: Task, table: Mapping[str, Any]) -> Task:
     if "batch_sizes" in table:
         if len(table["batch_sizes"]) != 2:
             raise ValueError(f"batch_sizes must be [low, high], got {table['batch_sizes']!r}")
-        task = tasks.DrawnBatchSize(task, *table["batch_sizes"])
+        with _keys({"task": "batch_sizes: task", "low, high": "batch_sizes"}):
+            task = tasks.DrawnBatchSize(task, *table["batch_sizes"])
     if table.get("weight_normalization", False):
         task = tasks.WeightNormalization(task)
     if "tensor_scaling" in table:
-        task = tasks.TensorScaling(task, table["tensor_scaling"])
+        with _keys({"bound": "tensor_scaling"}):
+            task = tasks.TensorScaling(task, table["tensor_scaling"])
     # RNNprop's authors scale the network by 3 and the convex part by 1, hence two keys.
     if "scaling" in table:
-        task = tasks.RandomScaling(task, table["scaling"])
+        with _keys({"bound": "scaling"}):
+            task = tasks.RandomScaling(task, table["scaling"])
     if "convex" in table:
-        task = tasks.WithConvex(task, table["convex"], table.get("convex_scaling", 0.0))
+        with _keys({"num": "convex", "bound": "convex_scaling"}):
+            task = tasks.WithConvex(task, table["convex"], table.get("convex_scaling", 0.0))
     if "noise" in table:
-        task = tasks.GradientNoise(task, table["noise"])
+        with _keys({"sd": "noise"}):
+            task = tasks.GradientNoise(task, table["noise"])
     if "sparse" in table:
-        task = tasks.SparseGradients(task, table["sparse"])
+        with _keys({"fraction": "sparse"}):
+            task = tasks.SparseGradients(task, table["sparse"])
     return task
+
+
+@contextmanager
+def _keys(names: Mapping[str, str]) -> Iterator[None]:
+    """Call arguments by the keys that stand for them, in refusals that begin with one."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        argument = next((name for name in names if text.startswith(f"{name} ")), None)
+        if argument is None:
+            raise
+        raise type(error)(names[argument] + text.removeprefix(argument)) from error

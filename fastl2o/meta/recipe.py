@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Recipe:
         timescales: [shortest, longest] memory, in steps, that half of each LSTM layer's units
             start with; see ``CoordinateRule.draw_timescales``.
         description: one line for people.
+        source: what errors call it, the path of its file; not part of the recipe itself.
     """
 
     name: str
@@ -88,6 +89,11 @@ class Recipe:
     start: str | None = None
     timescales: list[float] | None = None
     description: str = ""
+    source: str = field(default="", compare=False, repr=False)
+
+    def to_card(self) -> dict[str, Any]:
+        """What a rule's card says of the recipe: all but where it lay."""
+        return {key: value for key, value in asdict(self).items() if key != "source"}
 
 
 def recipe_names() -> list[str]:
@@ -109,7 +115,8 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
         >>> load_recipe("lstm-quadratic").rule["family"]
         'lstm'
     """
-    return parse_recipe(_read(name_or_path), os.fspath(name_or_path))
+    name = os.fspath(name_or_path)
+    return parse_recipe(_read(name), f"recipe {name!r}" if name in recipe_names() else name)
 
 
 def _read(name_or_path: str | os.PathLike[str]) -> bytes:
@@ -125,17 +132,18 @@ def _read(name_or_path: str | os.PathLike[str]) -> bytes:
     return path.read_bytes()
 
 
-def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
-    """Check a recipe's TOML text; ``source`` names it in errors.
+def parse_recipe(text: str | bytes, source: str = "") -> Recipe:
+    """Check a recipe's TOML text; ``source`` names it in errors, those of ``build_trainer`` too.
 
     Raises:
         RecipeError: for text that is not TOML, unknown keys (with the nearest known one), wrong
             types or missing keys. Values that a rule, task or trainer refuses are found by
             ``build_trainer``.
     """
-    table = _parse(text, source)
-    check_recipe(source, table)
-    return Recipe(**table)
+    called = source or "recipe"
+    table = _parse(text, called)
+    check_recipe(called, table)
+    return Recipe(**table, source=source or f"recipe {table['name']!r}")
 
 
 def _parse(text: str | bytes, source: str) -> dict[str, Any]:
@@ -191,7 +199,8 @@ def build_trainer(
         overrides: further ``MetaTrainer`` arguments, such as ``progress`` or ``checkpoint_every``.
 
     Raises:
-        RecipeError: if a value is impossible; the message names the table and the accepted values.
+        RecipeError: if a value is impossible; the message names the recipe's file, the table, the
+            key and what is accepted.
         FileNotFoundError, ValueError: if the data is missing or not MNIST.
 
     Example:
@@ -203,7 +212,7 @@ def build_trainer(
     from ..rules import from_config
 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    source = f"recipe {recipe.name!r}"
+    source = recipe.source or f"recipe {recipe.name!r}"
     with naming(source, "rule"):
         arguments = dict(recipe.rule)
         rule = from_config(arguments.pop("family"), arguments)
@@ -238,7 +247,7 @@ def build_trainer(
         check_number("lr", arguments["lr"], minimum=0)
         optimizer = make(rule.parameters(), **arguments)
     with naming(source, "schedule"):
-        total = {"total": max(1, recipe.outer_steps)}
+        total = {"total": recipe.outer_steps}
         schedule = None if recipe.schedule is None else LRSchedule(**{**total, **recipe.schedule})
     validation = None
     if recipe.validation is not None:
@@ -255,9 +264,10 @@ def build_trainer(
             if "betas" in arguments:
                 arguments["betas"] = tuple(arguments["betas"])
             imitation = Imitation(**arguments)
-    with naming(source, "trainer"):
-        for name in ("horizon", "unroll"):
+    for name in ("horizon", "unroll"):
+        with naming(source, f"trainer.{name}"):  # parts of either are called the same
             as_horizon(recipe.trainer.get(name, 100), name)
+    with naming(source, "trainer"):
         return MetaTrainer(
             rule,
             tasks,
@@ -283,8 +293,10 @@ def _build_tasks(
     tasks: list[Task] = []
     weights: list[float] = []
     for index, table in enumerate(tables):
-        weight = float(table.get("weight", 1.0))
         place = f"{where}[{index}]"
+        with naming(source, place):
+            check_number("weight", table.get("weight", 1.0), minimum=0, exclusive=True)
+        weight = float(table.get("weight", 1.0))
         if table["kind"] not in TASK_LISTS:
             tasks.append(_build_task(source, place, table, data))
             weights.append(weight)

@@ -251,6 +251,7 @@ class Rule(nn.Module, abc.ABC):
         Raises:
             ValueError: an impossible repo_id, or a rule or card that `save` refuses. Nothing is
                 sent then.
+            TypeError: `repo_id` is no text, or `card` no mapping.
             ImportError: huggingface_hub is not installed.
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
 
