@@ -147,7 +147,7 @@ void run_runs_step(const RuleConfig& config, const Tensor& params, const Tensor&
   check_floats(params, "params");
   check_floats(grads, "grads");
   check_floats(states, "states");
-  STD_TORCH_CHECK(params.dim() == 2 && has_shape(grads, params, 0),
+  STD_TORCH_CHECK(params.dim() == 2 && fastl2o::has_shape(grads, params, 0),
                   "params and grads must be of one shape, (runs, coordinates)");
   const int64_t runs = params.size(0), dim = params.size(1);
   STD_TORCH_CHECK(states.dim() == 3 && states.size(0) == runs &&
