@@ -93,7 +93,7 @@ def step_(
     arguments = (
         *(list(params), list(grads), list(planes), list(tensors), list(steps), hidden),
         *(list(problems), meta, *_numbers(rule)),
-        *([float(x) for x in lr], [float(x) for x in weight_decay], maximize, mode),
+        *(list(map(float, lr)), list(map(float, weight_decay)), maximize, mode),
         *(grad_scale, found_inf, rounding_seed),
     )
     # entering no_grad again costs more than asking

@@ -20,6 +20,8 @@ from ._rounding import step_seed
 from .backends import backend, requested
 from .rules import HierarchicalRule
 
+Rates = tuple[list[float], list[float]]  # lr and weight decay of each parameter
+
 
 class Amp(NamedTuple):
     """What torch.amp.GradScaler left on the optimizer for the list op to apply."""
@@ -81,16 +83,22 @@ def run(
         if len(plan.buckets) > 1 or skipped:
             mine = [grads[i] for i in bucket.where]
         try:
-            owners = (
-                [groups[plan.owners[i][0]] for i in bucket.where]
-                if bucket.shared is not None
-                else []
-            )
-            _run_bucket(bucket, settings, mine, amp, number, owners)
+            rates = _rates(bucket, plan, groups) if bucket.shared is not None else ([], [])
+            _run_bucket(bucket, settings, mine, amp, number, rates)
         except RuntimeError as error:
             if "holds NaN or Inf" not in str(error):
                 raise
             raise_nonfinite(plan, groups, grads, error)
+
+
+def _rates(bucket: Bucket, plan: Plan, groups: Groups) -> Rates:
+    """The rates of a bucket's parameters, each number read once for a group."""
+    of_group = [(as_float(group["lr"]), float(group["weight_decay"])) for group in groups]
+    if len(groups) == 1:
+        lr, decay = of_group[0]
+        return [lr] * len(bucket.where), [decay] * len(bucket.where)
+    owners = [plan.owners[i][0] for i in bucket.where]
+    return [of_group[g][0] for g in owners], [of_group[g][1] for g in owners]
 
 
 def _run_bucket(
@@ -99,9 +107,9 @@ def _run_bucket(
     grads: list[Tensor],
     amp: Amp,
     number: int,
-    owners: Groups,
+    rates: Rates,
 ) -> None:
-    """``owners``: the group of each parameter, where the rule steps them together."""
+    """``rates``: of each parameter, where the rule steps them together."""
     params = bucket.params
     planes = bucket.planes
     if bucket.split:
@@ -120,7 +128,7 @@ def _run_bucket(
     seed = settings.rounding and step_seed(*settings.rounding, number)
     with backend("reference") if settings.reference else nullcontext():
         if bucket.shared is not None:
-            _step_together(bucket, settings, params, grads, planes, steps, owners, amp, seed)
+            _step_together(bucket, settings, params, grads, planes, steps, rates, amp, seed)
         else:
             ops.step_(
                 ops.coordinate_wise(settings.rule),
@@ -146,7 +154,7 @@ def _step_together(
     grads: list[Tensor],
     planes: list[Tensor],
     steps: list[Tensor] | None,
-    owners: Groups,
+    rates: Rates,
     amp: Amp,
     seed: int | None,
 ) -> None:
@@ -154,7 +162,7 @@ def _step_together(
     assert bucket.shared is not None
     lists: list[list[Any]] = [
         *(params, grads, planes, [entry["tensor"] for entry in bucket.states], steps or []),
-        *([as_float(group["lr"]) for group in owners], [group["weight_decay"] for group in owners]),
+        *rates,
     ]
     hidden = bucket.shared["hidden"].unsqueeze(0)
     scale, found_inf = amp.on(params[0].device)
@@ -197,8 +205,9 @@ def _rehearse(bucket: Bucket, settings: Settings, groups: Groups) -> None:
     if bucket.shared is not None:
         entry["tensor"] = bucket.states[0]["tensor"].clone()
     probe = Bucket(bucket.group_idx, [0], [param], [entry], [planes], shared=bucket.shared)
-    owners = [groups[bucket.group_idx]]
-    _run_bucket(probe, settings, [param.clone()], Amp(None, None), 0, owners)
+    group = groups[bucket.group_idx]
+    rates = ([as_float(group["lr"])], [float(group["weight_decay"])])
+    _run_bucket(probe, settings, [param.clone()], Amp(None, None), 0, rates)
 
 
 def _dense(view: Tensor, copied: list[tuple[Tensor, Tensor]]) -> Tensor:
