@@ -26,15 +26,23 @@ struct PackedHierarchical {
   HierarchicalConfig config;
   HierarchicalLayout layout;
   const float* meta;
-  // The parameter GRU for the tiles: columns (h, x) of its gates and (x, r h) of its candidate, not
-  // padded.
+  // The parameter GRU for the panels: columns (h, x) of its gates and (x, r h) of its candidate,
+  // not padded.
   const float* param_gates = nullptr;
   const float* param_candidate = nullptr;
   const float* param_bias = nullptr;  // r, u, c
+  // The same for the tiles of the sweep, whose rows are 2^y's exponents y and whose x has a column
+  // less: of the centred logarithms' weights only what is orthogonal to their sum counts, so each
+  // logarithm but the last enters less the last (`sweep_inputs` of them and the others).
+  const float* sweep_gates = nullptr;
+  const float* sweep_candidate = nullptr;
   PackedGru tensor = {}, global = {};
   PackedMatrix tensor_to_param = {}, global_to_param = {}, global_to_tensor = {};
   float rate_momentum = 0;  // the share of the old log rate in the new one
 };
+
+// Columns of x in a tile of the sweep.
+constexpr int sweep_inputs(const HierarchicalConfig& c) { return c.num_features() - 1; }
 
 // The coordinates [first, last) of one tensor in the first sweep: new planes and the step before it
 // is normalised.

@@ -22,6 +22,7 @@ inline constexpr int kSweepVectors = FASTL2O_SWEEP_VECTORS;
 #include "unroll.inl"
 #include "hierarchical_math.inl"
 #include "hierarchical_levels.inl"
+#include "hierarchical_products.inl"
 #include "hierarchical_sweep.inl"
 #include "hierarchical_panel.inl"
 #include "hierarchical_backward.inl"
