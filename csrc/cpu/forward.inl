@@ -48,11 +48,14 @@ struct Rows {
 
 // Where one layer's old and new state live. `h_next` is contiguous, for the layers above to read.
 struct LayerState {
-  const float* h_in;  // (H) rows of kLanes
+  float* h_in;  // (H) rows of kLanes
   Rows c_in;
   Rows c_out;     // may be c_in
   float* h_next;  // (H) rows of kLanes
   Rows h_out;     // the live step's state; unused when recording
+  // Where the first block of units of the live step finds the old h, to copy it to h_in; without a
+  // base h_in holds it.
+  Rows h_from;
 };
 
 // Where the unroll keeps what the backward pass needs of one layer; unused by the live step.
@@ -61,12 +64,18 @@ struct GatePlanes {
   float* tanh_c = nullptr;  // (H)
 };
 
-template <int V, int U>
-FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, const float* x,
-                               int rows) {
+// sum += weights x. `copy` also stores the rows of x there: the first use of the old h is the time
+// to bring it together, since the multiply-adds hide where it comes from.
+template <int V, int U, bool copying = false, typename Ahead>
+FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, const Rows& x, int rows,
+                               Ahead& prefetch, float* copy = nullptr) {
   for (int k = 0; k < rows; ++k) {
     Vec input[V];
-    for (int v = 0; v < V; ++v) input[v] = load(x + k * kLanes<V> + v * kWidth);
+    for (int v = 0; v < V; ++v) {
+      input[v] = load(x.at(k, v));
+      if constexpr (copying) store(copy + k * kLanes<V> + v * kWidth, input[v]);
+    }
+    prefetch.advance();
 #pragma GCC unroll 16
     for (int r = 0; r < 4 * U; ++r) {
       const Vec weight = splat(weights[r]);
@@ -78,14 +87,14 @@ FASTL2O_INLINE void accumulate(Vec (&sum)[4 * U][V], const float*& weights, cons
 }
 
 // The gates of U units from their preactivations: c' = sigmoid(f) c + sigmoid(i) tanh(g) over the
-// common denominator (1 + e_i) (m + 2) (1 + e_f), and the exponential of o into h_next for
-// outputs() below. `record` also keeps the activations; c' is computed by the same operations
-// either way, so a replay repeats the live step's bits.
+// common denominator (1 + e_i) (1 + e_f) bottom, with tanh(g) = top / bottom, and the exponential
+// of o into h_next for outputs() below. `record` also keeps the activations; c' is computed by the
+// same operations either way, so a replay repeats the live step's bits.
 template <int V, int U, bool record>
 FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, int hidden, int unit,
                           const GatePlanes& planes) {
   constexpr int lanes = kLanes<V>;
-  Vec exponentials[U][3 * V], numerators[U * V];
+  Vec exponentials[U][3 * V], tops[U * V], bottoms[U * V];
 #pragma GCC unroll 2
   for (int u = 0; u < U; ++u) {
     Vec exponents[3 * V];
@@ -97,29 +106,29 @@ FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, i
     }
     sigmoid_exponentials(exponents, exponentials[u]);
   }
-  Vec exponents[U * V];
+  Vec candidates[U * V];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) exponents[u * V + v] = sum[4 * u + 2][v] * kTanhScale;
-  tanh_numerators(exponents, numerators);
+    for (int v = 0; v < V; ++v) candidates[u * V + v] = sum[4 * u + 2][v];
+  tanh_fractions(candidates, tops, bottoms);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const int at = (unit + u) * lanes + v * kWidth;
       const Vec e_i = exponentials[u][v], e_f = exponentials[u][V + v];
-      const Vec m = numerators[u * V + v], m2 = m + 2.0f;
-      const Vec without_f = fma(e_i, m2, m2);
+      const Vec top = tops[u * V + v], bottom = bottoms[u * V + v];
+      const Vec without_f = fma(e_i, bottom, bottom);
       const Vec inverse = reciprocal(fma(without_f, e_f, without_f));
-      const Vec c = fma(load(state.c_in.at(unit + u, v)), without_f, fma(m, e_f, m)) * inverse;
+      const Vec c = fma(load(state.c_in.at(unit + u, v)), without_f, fma(top, e_f, top)) * inverse;
       store(state.c_out.at(unit + u, v), c);
       store(state.h_next + at, exponentials[u][2 * V + v]);
       if constexpr (record) {
         const Vec inverse_without_f = fma(inverse, e_f, inverse);
-        store(planes.gates + at, inverse_without_f * m2);
+        store(planes.gates + at, inverse_without_f * bottom);
         store(planes.gates + hidden * lanes + at, inverse * without_f);
-        store(planes.gates + 2 * hidden * lanes + at, inverse_without_f * fma(m, e_i, m));
+        store(planes.gates + 2 * hidden * lanes + at, inverse_without_f * fma(top, e_i, top));
       }
     }
 }
@@ -128,26 +137,25 @@ FASTL2O_INLINE void gates(const Vec (&sum)[4 * U][V], const LayerState& state, i
 template <int V, int U, bool record>
 FASTL2O_INLINE void outputs(const LayerState& state, int hidden, int unit,
                             const GatePlanes& planes) {
-  Vec exponents[U * V], numerators[U * V];
+  Vec c[U * V], tops[U * V], bottoms[U * V];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      exponents[u * V + v] = load(state.c_out.at(unit + u, v)) * kTanhScale;
-  tanh_numerators(exponents, numerators);
+    for (int v = 0; v < V; ++v) c[u * V + v] = load(state.c_out.at(unit + u, v));
+  tanh_fractions(c, tops, bottoms);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const int at = (unit + u) * kLanes<V> + v * kWidth;
       const Vec e_o = load(state.h_next + at);
-      const Vec m = numerators[u * V + v], m2 = m + 2.0f;
-      const Vec inverse = reciprocal(fma(e_o, m2, m2));
-      const Vec h = m * inverse;
+      const Vec top = tops[u * V + v], bottom = bottoms[u * V + v];
+      const Vec inverse = reciprocal(fma(e_o, bottom, bottom));
+      const Vec h = top * inverse;
       store(state.h_next + at, h);
       if constexpr (record) {
-        store(planes.gates + 3 * hidden * kLanes<V> + at, inverse * m2);
-        store(planes.tanh_c + at, inverse * fma(m, e_o, m));
+        store(planes.gates + 3 * hidden * kLanes<V> + at, inverse * bottom);
+        store(planes.tanh_c + at, inverse * fma(top, e_o, top));
       } else {
         store(state.h_out.at(unit + u, v), h);
       }
@@ -155,16 +163,22 @@ FASTL2O_INLINE void outputs(const LayerState& state, int hidden, int unit,
 }
 
 // Preactivations of U units, then their gates.
-template <int V, int U, bool record>
+template <int V, int U, bool record, typename Ahead>
 FASTL2O_INLINE const float* unit_block(const float* weights, const float* x, int inputs,
                                        const LayerState& state, int hidden, int unit,
-                                       const GatePlanes& planes) {
+                                       const GatePlanes& planes, Ahead& prefetch) {
   Vec sum[4 * U][V];
   for (int r = 0; r < 4 * U; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = splat(weights[r]);
   weights += 4 * U;
-  accumulate<V, U>(sum, weights, x, inputs);
-  accumulate<V, U>(sum, weights, state.h_in, hidden);
+  NoPrefetch none;
+  prefetch.start_block();
+  accumulate<V, U>(sum, weights, Rows{const_cast<float*>(x), kLanes<V>}, inputs, none);
+  if (!record && unit == 0 && state.h_from.base != nullptr)
+    accumulate<V, U, true>(sum, weights, state.h_from, hidden, prefetch, state.h_in);
+  else
+    accumulate<V, U>(sum, weights, Rows{state.h_in, kLanes<V>}, hidden, prefetch);
+  prefetch.finish_block();
   gates<V, U, record>(sum, state, hidden, unit, planes);
   return weights;
 }
@@ -177,17 +191,17 @@ FASTL2O_INLINE void layer_outputs(const LayerState& state, int hidden, const Gat
 }
 
 // One layer: x (inputs rows) and the old state to the new state.
-template <int V, bool record>
+template <int V, bool record, typename Ahead>
 static const float* layer_forward(const float* weights, const float* x, int inputs,
                                   const LayerState& state, int hidden, const GatePlanes& planes,
-                                  Prefetch& prefetch) {
+                                  Ahead& prefetch) {
   int unit = 0;
   for (; unit + kUnitBlock <= hidden; unit += kUnitBlock) {
-    prefetch.advance();
-    weights = unit_block<V, kUnitBlock, record>(weights, x, inputs, state, hidden, unit, planes);
+    weights = unit_block<V, kUnitBlock, record>(weights, x, inputs, state, hidden, unit, planes,
+                                                prefetch);
   }
   for (; unit < hidden; ++unit)
-    weights = unit_block<V, 1, record>(weights, x, inputs, state, hidden, unit, planes);
+    weights = unit_block<V, 1, record>(weights, x, inputs, state, hidden, unit, planes, prefetch);
   layer_outputs<V, record>(state, hidden, planes);
   return weights;
 }

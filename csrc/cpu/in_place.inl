@@ -45,7 +45,8 @@ static void layer_in_place(const LayerRows& weights, const float* x, int inputs,
                            const LayerState& state, int hidden, Prefetch& prefetch) {
   int unit = 0;
   for (; unit + kUnitBlock <= hidden; unit += kUnitBlock) {
-    prefetch.advance();
+    prefetch.start_block();
+    prefetch.finish_block();
     unit_block_in_place<V, kUnitBlock>(weights, x, inputs, state, hidden, unit);
   }
   for (; unit < hidden; ++unit) unit_block_in_place<V, 1>(weights, x, inputs, state, hidden, unit);

@@ -64,6 +64,55 @@ FASTL2O_INLINE void tanh_numerators(const Vec (&exponent)[K], Vec (&out)[K]) {
   }
 }
 
+#if FASTL2O_WIDTH == 16
+// tanh(n) at n mod 32, rounded; 1 from 10 on.
+alignas(64) inline constexpr float kTanhOfWhole[32] = {
+    0.0f,          0.761594176f,  0.964027584f,  0.995054781f,  0.999329329f,  0.999909222f,
+    0.999987721f,  0.999998331f,  0.999999762f,  0.99999994f,   1.0f,          1.0f,
+    1.0f,          1.0f,          1.0f,          1.0f,          -1.0f,         -1.0f,
+    -1.0f,         -1.0f,         -1.0f,         -1.0f,         -1.0f,         -0.99999994f,
+    -0.999999762f, -0.999998331f, -0.999987721f, -0.999909222f, -0.999329329f, -0.995054781f,
+    -0.964027584f, -0.761594176f};
+#endif
+
+// tanh(x) = top / bottom. On AVX-512 by the addition theorem from the whole part of x, whose tanh a
+// table holds, and tanh(r) = r / q(r^2) for the rest, |r| < 1: three operations fewer. Both have
+// the sign of x, so nothing cancels. Relative error 3.1e-8. From 10 on the table holds 1, so that
+// top = bottom whatever r is.
+template <int K>
+FASTL2O_INLINE void tanh_fractions(const Vec (&x)[K], Vec (&top)[K], Vec (&bottom)[K]) {
+#if FASTL2O_WIDTH == 16
+  const float coefficients[] = {0.00208205986f, -0.0222114492f, 0.33333227f, 1.0f};
+  Vec r[K], r2[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) top[k] = look_up(kTanhOfWhole, clamp_magnitude(x[k], 10.0f));
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) r[k] = fraction(x[k]);  // of x itself, so that NaN passes
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) {
+    r2[k] = r[k] * r[k];
+    bottom[k] = splat(-0.00016764991f);
+  }
+#pragma GCC unroll 8
+  for (const float coefficient : coefficients)
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) bottom[k] = fma(bottom[k], r2[k], splat(coefficient));
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) {
+    const Vec whole = top[k];
+    top[k] = fma(whole, bottom[k], r[k]);
+    bottom[k] = fma(whole, r[k], bottom[k]);
+  }
+#else
+  Vec exponent[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) exponent[k] = x[k] * kTanhScale;
+  tanh_numerators(exponent, top);
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) bottom[k] = top[k] + 2.0f;
+#endif
+}
+
 FASTL2O_INLINE Vec tanh_vec(Vec x) {
   const Vec y[1] = {x * kTanhScale};
   Vec m[1];

@@ -43,6 +43,20 @@ FASTL2O_INLINE Vec scale_by_floor(Vec p, Vec x, Vec) {
 FASTL2O_INLINE Vec scale_by_power(Vec x, Vec n) {
   return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
 }
+// x held to |x| <= bound, NaN included: that becomes the bound, with its sign.
+FASTL2O_INLINE Vec clamp_magnitude(Vec x, float bound) {
+  constexpr int smaller_magnitude = 2, sign_of_first = 0 << 2;
+  return (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(bound), smaller_magnitude | sign_of_first);
+}
+// x less its whole part, with the sign of x; NaN for NaN.
+FASTL2O_INLINE Vec fraction(Vec x) {
+  return (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+// table[n mod 32] for the whole part n of x.
+FASTL2O_INLINE Vec look_up(const float (&table)[32], Vec x) {
+  const __m512i index = _mm512_cvttps_epi32((__m512)x);
+  return (Vec)_mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+}
 // One Newton step on the 14-bit estimate: within 1 ulp or so for 1 <= x < 2^126.
 FASTL2O_INLINE Vec reciprocal(Vec x) {
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
@@ -111,22 +125,43 @@ FASTL2O_INLINE void store_some(float* p, int count, Vec v) {
 
 #endif
 
-// Touches the planes of a later tile a few at a time while this one computes: eighty streams are
-// more than the hardware prefetcher follows.
+// Touches the planes of a later tile while this one computes: eighty streams are more than the
+// hardware prefetcher follows. A cache line at a time, spread over the rows of the inner product,
+// because lines on their way occupy the buffers that the weights come through too.
 struct Prefetch {
-  uintptr_t base = 0;
+  uintptr_t base = 0;  // of the present plane
   int64_t plane_bytes = 0;
-  int bytes = 0;
+  int bytes = 0;  // wanted of each plane
   int planes = 0;
-  int per_call = 0;
+  int lines_per_block = 0;
+  int byte = 0;
+  int lines_left = 0;  // in this block of units
 
-  FASTL2O_INLINE void advance() {
-    for (int i = 0; i < per_call && planes > 0; ++i, --planes) {
-      for (int byte = 0; byte < bytes; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(base + byte), 1, 2);
-      base += uintptr_t(plane_bytes);
-    }
+  // All planes over this many blocks of units.
+  FASTL2O_INLINE void spread(int blocks) {
+    lines_per_block = ((bytes + 63) / 64 * planes + blocks - 1) / blocks;
   }
+  FASTL2O_INLINE void start_block() { lines_left = planes > 0 ? lines_per_block : 0; }
+  FASTL2O_INLINE void advance() {
+    if (lines_left == 0) return;
+    --lines_left;
+    __builtin_prefetch(reinterpret_cast<const void*>(base + uintptr_t(byte)), 1, 2);
+    byte += 64;
+    if (byte < bytes) return;
+    byte = 0;
+    base += uintptr_t(plane_bytes);
+    if (--planes == 0) lines_left = 0;
+  }
+  // What a block of few rows left over.
+  FASTL2O_INLINE void finish_block() {
+    while (lines_left > 0) advance();
+  }
+};
+
+struct NoPrefetch {
+  FASTL2O_INLINE void start_block() {}
+  FASTL2O_INLINE void advance() {}
+  FASTL2O_INLINE void finish_block() {}
 };
 
 // Denormals cost a hundred cycles each, and gradients of saturated networks are full of them. What

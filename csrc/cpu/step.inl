@@ -222,7 +222,7 @@ static Prefetch prefetch_following(const StepContext& context, const Segment& pa
   prefetch.base = reinterpret_cast<uintptr_t>(following.state) + uintptr_t(first * run);
   prefetch.plane_bytes = prefetch.bytes = run;
   prefetch.planes = int(last - first);
-  prefetch.per_call = int((last - first + blocks - 1) / blocks);
+  prefetch.spread(blocks);
   return prefetch;
 }
 
@@ -251,7 +251,7 @@ static Prefetch prefetch_ahead(const StepContext& context, const StepTile& all) 
   prefetch.bytes = int((numel - start < lanes ? numel - start : lanes) * width);
   prefetch.planes =
       int(first + share < config.state_planes() ? share : config.state_planes() - first);
-  prefetch.per_call = int((share + blocks - 1) / blocks);
+  prefetch.spread(blocks);
   return prefetch;
 }
 
@@ -282,7 +282,8 @@ static void tile_moment_features(const StepContext& context, const StepTile& til
 }
 
 // The rule on one tile: `state` holds its planes and takes the new ones; `planes` is scratch of the
-// same shape, whose h rows hold a copy of the old h.
+// same shape, whose h rows hold a copy of the old h, or take one where weights are packed and
+// `state` is elsewhere.
 template <int V, bool packed>
 static void run_rule(const StepContext& context, const StepTile& tile, const float* grad,
                      Rows state, float* planes, float* update) {
@@ -305,7 +306,8 @@ static void run_rule(const StepContext& context, const StepTile& tile, const flo
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const Rows h{state.at(config.h_plane(layer), 0), state.stride};
     const Rows c{state.at(config.c_plane(layer), 0), state.stride};
-    const LayerState own{planes + config.h_plane(layer) * lanes, c, c, h_next[layer % 2], h};
+    const LayerState own{planes + config.h_plane(layer) * lanes,     c, c, h_next[layer % 2], h,
+                         packed && state.base != planes ? h : Rows{}};
     if constexpr (packed) {
       weights = layer_forward<V, false>(weights, inputs, config.layer_inputs(layer), own, hidden,
                                         GatePlanes{}, prefetch);
@@ -343,8 +345,9 @@ static void step_tile(const StepContext& context, const StepTile& tile) {
   if (tile.num_segments == 1 && !partial && config.state_planes() > 0 &&
       context.options.state_dtype == DType::f32) {
     // The planes of the tensor serve as they are; only h, which every unit reads, is copied.
-    for (int layer = 0; layer < config.num_layers; ++layer)
-      read_state<V>(context, first, config.h_plane(layer), config.c_plane(layer), planes);
+    if constexpr (!packed)
+      for (int layer = 0; layer < config.num_layers; ++layer)
+        read_state<V>(context, first, config.h_plane(layer), config.c_plane(layer), planes);
     const Rows state{static_cast<float*>(first.tensor->state) + first.offset, first.tensor->numel};
     const FlushDenormals guard;
     run_rule<V, packed>(context, tile, grad, state, planes, update);

@@ -160,14 +160,18 @@ struct UnrollTile {
     } else {
       gradient_features<V>(config, context.exp_p, grad, x);
     }
-    Prefetch none;
+    NoPrefetch none;
     const float* packed = context.packed;
     const float* inputs = after + record.z * lanes;
     for (int l = 0; l < config.num_layers; ++l) {
       const auto& at = record.layer[l];
-      const LayerState state{before + at.h * lanes,
-                             Rows{const_cast<float*>(before) + at.c * lanes, lanes},
-                             Rows{after + at.c * lanes, lanes}, after + at.h * lanes, Rows{}};
+      float* old = const_cast<float*>(before);  // read only, as c_in and c_out differ
+      const LayerState state{old + at.h * lanes,
+                             Rows{old + at.c * lanes, lanes},
+                             Rows{after + at.c * lanes, lanes},
+                             after + at.h * lanes,
+                             Rows{},
+                             Rows{}};
       packed = layer_forward<V, true>(
           packed, inputs, config.layer_inputs(l), state, hidden,
           GatePlanes{after + at.gates * lanes, after + at.tanh_c * lanes}, none);
