@@ -86,11 +86,39 @@ def run(
                 if bucket.shared is not None
                 else []
             )
-            _run_bucket(bucket, settings, mine, amp, number, owners)
+            _run_resolved(bucket, settings, mine, amp, number, owners)
         except RuntimeError as error:
             if "holds NaN or Inf" not in str(error):
                 raise
             raise_nonfinite(plan, groups, grads, error)
+
+
+def _run_resolved(
+    bucket: Bucket,
+    settings: Settings,
+    grads: list[Tensor],
+    amp: Amp,
+    number: int,
+    owners: Groups,
+) -> None:
+    """``_run_bucket``, also of gradients that are negated views, as of a conjugate's ``imag``.
+
+    torch refuses them for a kernel before it steps any. To look for them in every step would cost
+    more than to try again; where they are written to, they are looked for.
+    """
+    written = amp.grad_scale is not None
+    try:
+        if not written or not any(map(Tensor.is_neg, grads)):
+            _run_bucket(bucket, settings, grads, amp, number, owners)
+            return
+    except RuntimeError:
+        if not any(map(Tensor.is_neg, grads)):
+            raise
+    resolved = [grad.resolve_neg() for grad in grads]
+    _run_bucket(bucket, settings, resolved, amp, number, owners)
+    for grad, unscaled in zip(grads, resolved, strict=True):
+        if written and grad.is_neg():
+            grad.copy_(unscaled)
 
 
 def _run_bucket(
