@@ -65,7 +65,7 @@ def first_nonfinite(grads: list[Tensor], found: Tensor | None = None) -> int | N
         grads: gradients, also complex ones and DTensors, of which this rank's parts count.
         found: kept scratch; made anew where it is None.
     """
-    grads = [local(grad) for grad in grads]
+    grads = [local(grad).resolve_neg() for grad in grads]
     real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
     return ops.first_nonfinite(real, scratch() if found is None else found)
 

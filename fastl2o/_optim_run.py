@@ -84,7 +84,7 @@ def run(
             mine = [grads[i] for i in bucket.where]
         try:
             rates = _rates(bucket, plan, groups) if bucket.shared is not None else ([], [])
-            _run_bucket(bucket, settings, mine, amp, number, rates)
+            _run_resolved(bucket, settings, mine, amp, number, rates)
         except RuntimeError as error:
             if "holds NaN or Inf" not in str(error):
                 raise
@@ -99,6 +99,34 @@ def _rates(bucket: Bucket, plan: Plan, groups: Groups) -> Rates:
         return [lr] * len(bucket.where), [decay] * len(bucket.where)
     owners = [plan.owners[i][0] for i in bucket.where]
     return [of_group[g][0] for g in owners], [of_group[g][1] for g in owners]
+
+
+def _run_resolved(
+    bucket: Bucket,
+    settings: Settings,
+    grads: list[Tensor],
+    amp: Amp,
+    number: int,
+    rates: Rates,
+) -> None:
+    """``_run_bucket``, also of gradients that are negated views, as of a conjugate's ``imag``.
+
+    torch refuses them for a kernel before it steps any. To look for them in every step would cost
+    more than to try again; where they are written to, they are looked for.
+    """
+    written = amp.grad_scale is not None
+    try:
+        if not written or not any(map(Tensor.is_neg, grads)):
+            _run_bucket(bucket, settings, grads, amp, number, rates)
+            return
+    except RuntimeError:
+        if not any(map(Tensor.is_neg, grads)):
+            raise
+    resolved = [grad.resolve_neg() for grad in grads]
+    _run_bucket(bucket, settings, resolved, amp, number, rates)
+    for grad, unscaled in zip(grads, resolved, strict=True):
+        if written and grad.is_neg():
+            grad.copy_(unscaled)
 
 
 def _run_bucket(

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from fastl2o import LearnedOptimizer
 from tests.common import present_backends
-from tests.optimizers import COORDINATE_WISE, DTYPES, OptimizerCase, assert_same_bits, on_backend
+from tests.optimizers import (
+    COORDINATE_WISE,
+    DTYPES,
+    RANDOM,
+    OptimizerCase,
+    assert_same_bits,
+    make_params,
+    on_backend,
+    run_steps,
+    set_grads,
+    snapshot,
+)
 
 
 class Drawn(NamedTuple):
@@ -80,3 +91,28 @@ def test_a_list_is_stepped_as_its_parts_are(
         assert joint.state.get(p, {}).keys() == optimizer.state.get(twin, {}).keys()
         for key, value in joint.state.get(p, {}).items():
             assert_same_bits([value], [optimizer.state[twin][key]])
+
+
+@pytest.mark.parametrize("backend", present_backends())
+@pytest.mark.parametrize("scale", [None, 4.0], ids=["plain", "scaled"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("case", RANDOM, ids=repr)
+def test_gradients_that_are_negated_views_step_as_their_values(
+    case: OptimizerCase, steps_before: int, scale: float | None, backend: str
+) -> None:
+    """The imaginary part of a conjugate is such a view, which torch keeps from kernels."""
+    rule, snapshots = case.rule(0), []
+    for negated in (False, True):
+        params = [p for dtype in (*DTYPES, torch.complex64) for p in make_params(dtype=dtype)[3:6]]
+        optimizer = LearnedOptimizer(params, rule)
+        with on_backend(backend):
+            run_steps(optimizer, steps_before)
+            set_grads(params, 7)
+            for p in params[::2] if negated else ():
+                p.grad = torch._neg_view(-p.grad)
+                assert p.grad.is_neg()
+            if scale is not None:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            optimizer.step()
+        snapshots.append([t.resolve_neg() for t in snapshot(optimizer)])
+    assert_same_bits(*snapshots)
