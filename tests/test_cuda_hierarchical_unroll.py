@@ -8,17 +8,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
-from fastl2o.rules import HierarchicalRule, _runs
 from tests import cuda_hierarchical_unroll as unroll
 from tests import cuda_step
 from tests.cuda_hierarchical_unroll import Limits, Result, unroll_backward
 from tests.hierarchical_cpu import TOLERANCE, make_rule, same_bits
-from tests.test_hierarchical_cpu_unroll import Window, autograd_unroll, make_window
+from tests.test_hierarchical_cpu_unroll import (
+    Window,
+    autograd_unroll,
+    make_small_direction,
+    make_window,
+)
 
 pytestmark = pytest.mark.skipif(
     cuda_step.missing() is not None, reason=cuda_step.missing() or "never"
@@ -71,25 +73,6 @@ def test_each_level_has_its_gradients() -> None:
     names = [name for name, _ in rule.named_parameters()]
     for name, part, target in zip(names, result.split(sizes), exact.split(sizes), strict=True):
         assert float((part - target).norm()) <= 1e-4 * float(target.norm()), name
-
-
-def make_small_direction(rule: HierarchicalRule, window: Window, size: float) -> None:
-    """Changes a weight so that the first tensor's one coordinate has this d, which is linear in
-    the weight, in the window's first step."""
-    planes, tensors, hidden = _runs.views(rule, window.state[0].double(), window.sizes)
-    rates = [tensor[-1] * n for tensor, n in zip(tensors, window.sizes, strict=True)]
-    mean = torch.stack(rates).sum() / sum(window.sizes)
-    grad, weights = window.grads[0, 0, :1].double(), dict(rule.named_parameters())
-
-    def direction(weight: float) -> float:
-        rule.shortcut[0] = weight
-        found = rule.reference_sweep(grad, planes[0], tensors[0], False, hidden, mean, weights)
-        return float(found.sums[-2].sqrt().copysign(found.raw[0]))
-
-    with torch.no_grad():
-        start = direction(0.0)
-        weight = (size - start) / (direction(1.0) - start)
-        assert direction(np.float32(weight).item()) == pytest.approx(size, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", [3, 4])

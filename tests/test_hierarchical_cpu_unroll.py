@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +50,25 @@ def make_window(
     grads = torch.randn(*shape, sum(sizes), generator=generator)
     weights = torch.rand(shape, generator=generator)
     return Window(grads, torch.stack(rows), weights, steps, taken, sizes)
+
+
+def make_small_direction(rule: HierarchicalRule, window: Window, size: float) -> None:
+    """Changes a weight so that the first tensor's one coordinate has this d, which is linear in
+    the weight, in the window's first step."""
+    planes, tensors, hidden = _runs.views(rule, window.state[0].double(), window.sizes)
+    rates = [tensor[-1] * n for tensor, n in zip(tensors, window.sizes, strict=True)]
+    mean = torch.stack(rates).sum() / sum(window.sizes)
+    grad, weights = window.grads[0, 0, :1].double(), dict(rule.named_parameters())
+
+    def direction(weight: float) -> float:
+        rule.shortcut[0] = weight
+        found = rule.reference_sweep(grad, planes[0], tensors[0], False, hidden, mean, weights)
+        return float(found.sums[-2].sqrt().copysign(found.raw[0]))
+
+    with torch.no_grad():
+        start = direction(0.0)
+        weight = (size - start) / (direction(1.0) - start)
+        assert direction(np.float32(weight).item()) == pytest.approx(size, rel=0.01)
 
 
 def autograd_unroll(
@@ -113,6 +133,20 @@ WINDOWS = {
 def test_unroll_backward_agrees_with_autograd(isa: str, case: str) -> None:
     rule = make_rule(WINDOWS[case][0])
     window = make_window(rule, *WINDOWS[case][1:])
+    exact = autograd_unroll(rule, window, 0.7, 0.1)
+    for result, target in zip(core_unroll(isa, rule, window), exact, strict=True):
+        assert float((result - target).norm()) <= TOLERANCE * float(target.norm())
+
+
+@needs_core
+@over_isa
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_direction_of_a_single_coordinate_is_small(isa: str, seed: int) -> None:
+    # Its rms is then as small, and the gradient through both a difference of almost equal numbers,
+    # divided by that rms. These rules have it make much of the meta-gradient.
+    rule = make_rule(seed=seed)
+    window = make_window(rule, (1, 5), 1, 1, 1, True)
+    make_small_direction(rule, window, 1e-2)
     exact = autograd_unroll(rule, window, 0.7, 0.1)
     for result, target in zip(core_unroll(isa, rule, window), exact, strict=True):
         assert float((result - target).norm()) <= TOLERANCE * float(target.norm())

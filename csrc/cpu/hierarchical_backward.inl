@@ -161,17 +161,15 @@ struct Panel {
     float* d_rate = d_planes + config.log_rate_plane() * kPanel;
     Vec d_offset = {}, d_momentum = {};
     for (int o = 0; o < lanes; o += kWidth) {
-      Vec eta = splat(meta[layout.rate_bias]), d = {};
-      for (int k = 0; k < size; ++k) {
-        const Vec value = load(h_next + k * kPanel + o);
-        eta = fma(splat(meta[layout.rate + k]), value, eta);
-        d = fma(splat(meta[layout.direction + k]), value, d);
-      }
-      for (int s = 0; s < config.num_scales; ++s)
-        d = fma(splat(meta[layout.shortcut + s]), load(x + s * kPanel + o), d);
+      Vec eta = splat(meta[layout.rate_bias]);
+      for (int k = 0; k < size; ++k)
+        eta = fma(splat(meta[layout.rate + k]), load(h_next + k * kPanel + o), eta);
       const Vec old = load(rate + o);
       eta = maximum(splat(-kLogRateLimit), minimum(splat(kLogRateLimit), old + eta));
       const Vec scale = exp_vec(eta + meta[layout.log_rate_offset]);
+      // The forward pass's own direction: what is left of dL/dd in a tensor of few coordinates is a
+      // difference that another rounding of a small d would not leave.
+      const Vec d = load(step + o) / scale;
       const Vec upstream = load(d_update + o), y = d * block.inverse_rms;
       const Vec through_step = -(upstream * load(step + o)) * block.inverse_rms;
       d_offset = d_offset + through_step;
