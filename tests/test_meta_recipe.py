@@ -91,6 +91,7 @@ def mnist(tmp_path: Path) -> Path:
         "lstm-mnist-start",
         "lstm-mnist-middle",
         "lstm-mnist-late",
+        "lstm-mnist-muon",
         "lstm-mnist",
         "rnnprop-mnist",
         "rnnprop",
