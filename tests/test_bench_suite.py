@@ -23,6 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "DIM", 5)
     monkeypatch.setattr(scaling, "TENSORS", (10, 3))
     monkeypatch.setattr(training, "BATCH_SIZES", (4,))
+    monkeypatch.setattr(suite.common, "_TURN_SECONDS", 0.0)  # one call a turn
     # compiling takes a minute
     monkeypatch.setattr(contenders, "compiled", lambda family, sizes: "not compiled here")
 

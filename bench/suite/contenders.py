@@ -31,7 +31,7 @@ RULES: dict[str, type[Rule]] = {
     "rnnprop": RNNPropRule,
     "hierarchical": HierarchicalRule,
 }
-ADAMS: dict[str, dict[str, bool]] = {
+ADAMS: dict[str, dict[str, Any]] = {
     "Adam, for-loop": {"foreach": False, "fused": False},
     "Adam, foreach": {"foreach": True},
     "Adam, fused": {"fused": True},
@@ -140,13 +140,17 @@ class Learned:
             if start.hidden is not None:
                 entry["tensor"].copy_(start.tensors[i % count])
         if start.hidden is not None:
-            self.optimizer.state["global/0"]["hidden"].copy_(start.hidden)
+            self._states()["global/0"]["hidden"].copy_(start.hidden)
+
+    def _states(self) -> dict[Any, Any]:
+        """By parameter, and by name what a hierarchical rule's parameters share."""
+        return self.optimizer.state  # torch types the keys as parameters only
 
     def start(self) -> Start:
         """Where this is after a first step."""
         self.run()
         entries = [self.optimizer.state[param] for param in self.params]
-        shared = self.optimizer.state.get("global/0")
+        shared = self._states().get("global/0")
         return Start(
             [param.detach().clone() for param in self.params],
             [entry["planes"].clone() for entry in entries],
@@ -253,7 +257,7 @@ def gate(what: str, family: str, contender: Contender, sizes: Sequence[int]) -> 
 def _ordinary(family: str, sizes: Sequence[int], dtype: torch.dtype) -> OrdinaryTorch:
     drawn, rule = parameters(sizes, dtype), make_rule(family)
     grads = [param.grad for param in drawn if param.grad is not None]
-    made = EagerOptimizer(rule, torch.cat(drawn).detach(), torch.cat(grads))
+    made = EagerOptimizer(rule, torch.cat([param.detach() for param in drawn]), torch.cat(grads))
     made.net.to(DEVICE, dtype)
     made.taken = made.taken.to(DEVICE, dtype)
     return OrdinaryTorch(made, rule, sizes)

@@ -84,8 +84,10 @@ class Jitted:
 
         self.rule, self.sizes = rule, [grad.numel() for grad in grads]
         self._array: Callable[[Tensor], Any] = lambda values: jnp.array(values.cpu().numpy())
+        self._device = grads[0].device  # where the gate compares; JAX may be elsewhere
         self._drawn = self._array(torch.cat(list(grads)))
-        self._grad, self._held = self._drawn, ()
+        self._grad = self._drawn
+        self._held: Any = None  # parameters, state; from begin on
         self._compiled, self._wait = jax.jit(apply, donate_argnums=(0, 2)), jax.block_until_ready
 
     def run(self) -> None:
@@ -105,7 +107,8 @@ class Jitted:
     def parameters(self) -> list[Tensor]:
         import numpy
 
-        return list(torch.tensor(numpy.asarray(self._held[0])).split(self.sizes))
+        values = torch.tensor(numpy.asarray(self._held[0]), device=self._device)
+        return list(values.split(self.sizes))
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state, all of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -138,9 +139,8 @@ def lengths(rounds: int | None, seconds: float) -> list[Curve]:
             calls = {str(length): windows[length][name] for length in LENGTHS}
             contest = Contest(calls, seconds, 2 if of_problem else 5)
             contest.run(rounds)
-            curve = _curve(
-                f"{family}, {name}", "unroll length", contest, lambda t, count=count: t * count
-            )
+            per = partial(operator.mul, count)
+            curve = _curve(f"{family}, {name}", "unroll length", contest, per)
             curves.append({**curve, "gate": WINDOW_GATE})
     return curves
 
@@ -149,7 +149,7 @@ def _window(family: str, length: int) -> dict[str, Callable[[], object]]:
     """Both ways to the gradient of a coordinate-wise rule's window, gated."""
     rule, what = contenders.make_rule(family).cpu(), f"{family}, a window of {length}"
     net, window = EagerRule(rule), random_window(rule, steps=length, runs=RUNS, dim=DIM, step=0)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         FUSED: partial(unroll.fused, rule, window),
         EAGER: partial(unroll.eager, net, rule, window),
     }
