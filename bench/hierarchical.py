@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class CompiledRule(HierarchicalRule):
     reference_finish = torch.compile(HierarchicalRule.reference_finish, fullgraph=True)
 
 
-def compiled(rule: HierarchicalRule, size: int = 20_000, count: int = 50) -> Problem:
-    """The eager contender with a compiled rule, already compiled."""
+def compiled_ungated(rule: HierarchicalRule, size: int, count: int) -> Problem:
+    """The eager contender with a compiled rule, already compiled, three steps on."""
     twin = CompiledRule()
     twin.load_state_dict(rule.state_dict())
     problem = Problem(twin, size, count)
@@ -77,7 +78,12 @@ def compiled(rule: HierarchicalRule, size: int = 20_000, count: int = 50) -> Pro
         warnings.simplefilter("ignore")
         for _ in range(3):
             problem.eager()
-    plain = Problem(rule, size, count)
+    return problem
+
+
+def compiled(rule: HierarchicalRule, size: int = 20_000, count: int = 50) -> Problem:
+    """The same, compared with eager torch."""
+    problem, plain = compiled_ungated(rule, size, count), Problem(rule, size, count)
     for _ in range(3):
         plain.eager()
     error = max(
@@ -113,21 +119,23 @@ def gate(rule: HierarchicalRule) -> None:
 
 
 class Window:
-    """A window of ``WINDOW`` steps, and its gradient of the meta-parameters."""
+    """A window of ``steps`` on tensors of ``sizes``, and its gradient of the meta-parameters."""
 
-    def __init__(self, rule: HierarchicalRule) -> None:
+    def __init__(
+        self, rule: HierarchicalRule, steps: int = WINDOW, sizes: Sequence[int] = WINDOW_SIZES
+    ) -> None:
         generator = torch.Generator().manual_seed(2)
-        params = torch.randn(1, sum(WINDOW_SIZES), generator=generator)
-        self.rule = rule
-        self.grads = torch.randn(WINDOW + 1, *params.shape, generator=generator)
-        self.weights = torch.ones(WINDOW + 1, 1)
-        self.state = rule.init_runs(params, WINDOW_SIZES, generator)
+        params = torch.randn(1, sum(sizes), generator=generator)
+        self.rule, self.steps, self.sizes = rule, steps, sizes
+        self.grads = torch.randn(steps + 1, *params.shape, generator=generator)
+        self.weights = torch.ones(steps + 1, 1)
+        self.state = rule.init_runs(params, sizes, generator)
         self.meta = rule.flat_parameters().detach().requires_grad_()
 
     def kernel(self) -> Tensor:
         """By the op."""
         found = fastl2o.ops.unroll_backward(
-            self.rule, self.grads, self.state, self.weights, steps=WINDOW, sizes=WINDOW_SIZES
+            self.rule, self.grads, self.state, self.weights, steps=self.steps, sizes=self.sizes
         )
         return found[0]
 
@@ -135,10 +143,8 @@ class Window:
         """By autograd through the reference in eager torch; comes back in float32."""
         leaf, inner, gradients = (t.to(dtype) for t in (self.meta, self.state, self.grads))
         moved, total = torch.zeros_like(gradients[0]), torch.zeros((), dtype=dtype)
-        for t in range(WINDOW):
-            update, inner = self.rule.reference_runs_step(
-                gradients[t], inner, t, WINDOW_SIZES, leaf
-            )
+        for t in range(self.steps):
+            update, inner = self.rule.reference_runs_step(gradients[t], inner, t, self.sizes, leaf)
             moved = moved + update
             total = total + (gradients[t + 1] * moved).sum()
         return torch.autograd.grad(total, self.meta)[0]

@@ -25,7 +25,8 @@ def measure(quick: bool) -> dict[str, Any]:
         *left_out,
         "TorchOpt has no learned optimizers of these kinds to compare with: the meta-gradient's "
         "baseline is a loop over torch's own LSTM cells, or over the reference, under autograd",
-        "on the CPU 'calls a step' are the ops that the step calls, on a GPU kernel launches",
+        "on the CPU 'calls a step' are the ops that the step calls, on a GPU kernel launches; "
+        "those of a compiled step, and all that JAX does, are not seen from outside",
         f"load after {os.getloadavg()[0]:.2f}",
     ]
     return result

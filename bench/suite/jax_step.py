@@ -1,31 +1,36 @@
-"""The LSTM rule's step as an optax-style jitted function of JAX, where JAX is installed."""
+"""A coordinate-wise rule's step as an optax-style jitted function of JAX, where JAX is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..common import require
-from ..eager import EagerOptimizer
-from ..step import Buffers, make_rule
+from fastl2o.rules import Rule
+
+from ..eager import eager_state
+from .gates import Start
+
+MISSING = "no rows for JAX: it is not installed (pip install jax)"
+FAMILIES = ("lstm", "rnnprop")
+State = tuple[Any, list[Any]]  # steps taken; (m, v,) h1, c1, h2, c2
 
 
-def lstm_step(size: int) -> Callable[[], object] | str:
-    """A step on ``size`` coordinates, already compiled and checked, or why there is none."""
-    if find_spec("jax") is None:
-        return "no row for JAX: it is not installed (pip install jax)"
+def installed() -> bool:
+    """Whether there is a JAX to time."""
+    return find_spec("jax") is not None
+
+
+def _update(rule: Rule) -> Callable[[Any, State], tuple[Any, State]]:
+    """Gradient and state to update and new state, as in optax, for jitting."""
     import jax
     from jax import numpy as jnp
 
-    rule = make_rule("lstm")
-    config, hidden = rule.config(), rule.config()["hidden_size"]
-    weights = {
-        name: jnp.asarray(value.numpy())
-        for name, value in rule.unflatten(rule.flat_parameters().detach()).items()
-    }
+    config, named = rule.config(), rule.unflatten(rule.flat_parameters().detach())
+    weights = {name: jnp.asarray(value.cpu().numpy()) for name, value in named.items()}
 
     def cell(number: int, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
         gates = x @ weights[f"layers.{number}.weight_ih"].T
@@ -34,32 +39,78 @@ def lstm_step(size: int) -> Callable[[], object] | str:
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-    def update(param: Any, grad: Any, state: Any) -> tuple[Any, Any]:
+    def lstm_features(grad: Any, taken: Any, moments: list[Any]) -> tuple[Any, list[Any]]:
         log = jnp.maximum(jnp.log(jnp.abs(grad) + config["eps"]) / config["p"], -1.0)
-        x = jnp.stack((log, jnp.clip(jnp.exp(config["p"]) * grad, -1.0, 1.0)), axis=1)
-        new_state = []
+        return jnp.stack((log, jnp.clip(jnp.exp(config["p"]) * grad, -1.0, 1.0)), axis=1), []
+
+    def rnnprop_features(grad: Any, taken: Any, moments: list[Any]) -> tuple[Any, list[Any]]:
+        beta1, beta2 = config["beta1"], config["beta2"]
+        m = beta1 * moments[0] + (1 - beta1) * grad
+        v = beta2 * moments[1] + (1 - beta2) * grad * grad
+        rms = jnp.sqrt(v / (1 - beta2 ** (taken + 1))) + 1e-8
+        inputs = jnp.stack((grad / rms, m / (1 - beta1 ** (taken + 1)) / rms), axis=1)
+        projected = inputs @ weights["projection.weight"].T + weights["projection.bias"]
+        return jax.nn.elu(projected), [m, v]
+
+    rnnprop = rule.family == "rnnprop"
+    features, first = (rnnprop_features, 2) if rnnprop else (lstm_features, 0)
+
+    def update(grad: Any, state: State) -> tuple[Any, State]:
+        taken, planes = state
+        x, new = features(grad, taken, planes[:first])
+        cells = planes[first:]
         for number in range(config["num_layers"]):
-            x, c = cell(number, x, *state[2 * number : 2 * number + 2])
-            new_state += [x, c]
-        out = x @ weights["readout.weight"].T + weights["readout.bias"]
-        return param + config["output_scale"] * out[:, 0], new_state
+            x, c = cell(number, x, *cells[2 * number : 2 * number + 2])
+            new += [x, c]
+        out = (x @ weights["readout.weight"].T + weights["readout.bias"])[:, 0]
+        out = -config["step_size"] * jnp.tanh(out) if rnnprop else config["output_scale"] * out
+        return out, (taken + 1, new)
 
-    compiled = jax.jit(update, donate_argnums=(0, 2))
-    start = Buffers(rule, size)
-    eager = EagerOptimizer(rule, start.params[0].clone(), start.grads[0])
-    grad = jnp.asarray(start.grads[0].numpy())
-    held = [
-        jnp.asarray(start.params[0].numpy()),
-        [jnp.zeros((size, hidden)) for _ in range(2 * config["num_layers"])],
-    ]
+    return update
 
-    def run() -> None:
-        held[:] = compiled(held[0], grad, held[1])
-        jax.block_until_ready(held)
 
-    for _ in range(3):
-        run()
-        eager.step()
-    error = float((torch.tensor(jax.device_get(held[0])) - eager.param).abs().max())
-    require(error < 1e-4, f"JAX's step differs from eager torch by {error:.1e}")
-    return run
+class Jitted:
+    """A rule's step under ``jax.jit``, parameters and state donated."""
+
+    def __init__(self, rule: Rule, grads: Sequence[Tensor]) -> None:
+        import jax
+        from jax import numpy as jnp
+
+        update = _update(rule)
+
+        def apply(param: Any, grad: Any, state: State) -> tuple[Any, State]:
+            change, state = update(grad, state)
+            return param + change, state
+
+        self.rule, self.sizes = rule, [grad.numel() for grad in grads]
+        self._array: Callable[[Tensor], Any] = lambda values: jnp.array(values.cpu().numpy())
+        self._device = grads[0].device  # where the gate compares; JAX may be elsewhere
+        self._drawn = self._array(torch.cat(list(grads)))
+        self._grad = self._drawn
+        self._held: Any = None  # parameters, state; from begin on
+        self._compiled, self._wait = jax.jit(apply, donate_argnums=(0, 2)), jax.block_until_ready
+
+    def run(self) -> None:
+        param, state = self._held
+        self._held = self._compiled(param, self._grad, state)
+        self._wait(self._held)
+
+    def begin(self, start: Start) -> None:
+        whole = start.repeated(self.sizes)
+        planes = [self._array(p) for p in eager_state(self.rule, torch.cat(whole.planes, dim=1))]
+        taken = self._array(torch.ones(()))
+        self._held = self._array(torch.cat(whole.params)), (taken, planes)
+
+    def scale(self, factor: float) -> None:
+        self._grad = self._drawn * factor
+
+    def parameters(self) -> list[Tensor]:
+        import numpy
+
+        values = torch.tensor(numpy.asarray(self._held[0]), device=self._device)
+        return list(values.split(self.sizes))
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, all of it."""
+        taken, planes = self._held[1]
+        return sum(int(part.nbytes) for part in (taken, *planes))

@@ -1,20 +1,23 @@
-"""Curves: over coordinates, tensors, threads and the length of an unroll."""
+"""Curves: over coordinates, tensors, threads and the length of an unroll, every point gated."""
 
 from __future__ import annotations
 
+import gc
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from tests.common import random_window
+from tests.common import autograd_unroll, random_window
 
 from .. import hierarchical, unroll
-from ..common import Contest, available_gib, require
+from ..common import Contest, relative_errors, require
 from ..eager import EagerRule
-from . import contenders
-from .contenders import RULES
+from . import contenders, gates
+from .contenders import RULES, Timed
 
 Curve = dict[str, Any]
 SIZES = tuple(10**k for k in range(3, 9))
@@ -22,12 +25,32 @@ COUNTS = (1, 10, 100, 1_000, 10_000)
 TOTAL = 100_000
 LENGTHS = (1, 5, 20, 50, 100)
 RUNS, DIM = 4, 250  # coordinates of a window
+TENSORS = (2_000, 100) * 2  # of the hierarchical rule's window
+# A step may take this share of the memory that is there; the rest is for what else runs.
+MEMORY_SHARE = 0.8
+WORTH_A_NOTE = 2**30  # bytes
+WINDOW_GATE = "the window's gradient against autograd in float64"
+FUSED, EAGER = "fused", "eager autograd"
 
 
-def _fits(family: str, size: int) -> bool:
-    planes = contenders.make_rule(family).state_planes
-    # state, parameter, gradient and what one step keeps of a coordinate, with room to spare
-    return (planes + 5) * 4.0 * size / 2**30 < 0.6 * available_gib()
+def fitting(family: str, sizes: Sequence[int]) -> tuple[list[int], list[str]]:
+    """The sizes that memory suffices for, by what they need and what is there.
+
+    Returns:
+        They, and notes on all that need much.
+    """
+    fits, notes = [], []
+    for size in sizes:
+        needed, there = contenders.needed_bytes(family, size), contenders.available_bytes()
+        enough = needed <= MEMORY_SHARE * there
+        fits += [size] if enough else []
+        if needed >= WORTH_A_NOTE or not enough:
+            notes.append(
+                f"{family}: {size:,} coordinates need {needed / 2**30:.1f} GiB; "
+                f"{there / 2**30:.1f} GiB are available, of which {MEMORY_SHARE:.0%} may be taken: "
+                + ("timed" if enough else "**not timed**")
+            )
+    return fits, notes
 
 
 def _curve(family: str, over: str, contest: Contest, per: Callable[[int], float]) -> Curve:
@@ -36,22 +59,29 @@ def _curve(family: str, over: str, contest: Contest, per: Callable[[int], float]
     return {"rule": family, "over": over, "x": points, "ns": nanoseconds}
 
 
+def _contest(timed: dict[str, Timed], rounds: int | None, seconds: float, *most: int) -> Contest:
+    contest = Contest({name: each.run for name, each in timed.items()}, seconds, *most)
+    contest.run(rounds)
+    return contest
+
+
 def coordinates(rounds: int | None, seconds: float, largest: int) -> tuple[list[Curve], list[str]]:
     """Time a coordinate of one tensor of 1,000 to ``largest`` coordinates."""
     curves, notes = [], []
     for family in RULES:
-        sizes = [size for size in SIZES if size <= largest and _fits(family, size)]
-        if len(sizes) < len([size for size in SIZES if size <= largest]):
-            notes.append(f"{family}: beyond {sizes[-1]:,} coordinates memory does not suffice")
+        sizes, left_out = fitting(family, [size for size in SIZES if size <= largest])
+        notes += left_out
         # The largest are timed alone, so that no two of them are in memory at once.
         small = [size for size in sizes if size <= 10**6]
-        contest = Contest({str(s): contenders.learned(family, [s]) for s in small}, seconds)
-        contest.run(rounds)
-        curve = _curve(family, "coordinates", contest, float)
+        timed = {str(size): contenders.learned(family, [size]) for size in small}
+        curve = _curve(family, "coordinates", _contest(timed, rounds, seconds), float)
+        curve["gate"] = timed[str(small[0])].gate
+        del timed
         for size in sizes[len(small) :]:
-            alone = Contest({str(size): contenders.learned(family, [size])}, seconds, 2, 10)
-            alone.run(rounds)
-            more = _curve(family, "coordinates", alone, float)
+            gc.collect()  # what is left of the size before would need its memory beside this one's
+            alone = {str(size): contenders.learned(family, [size])}
+            more = _curve(family, "coordinates", _contest(alone, rounds, seconds, 2, 10), float)
+            del alone
             curve["x"] += more["x"]
             curve["ns"] += more["ns"]
         curves.append(curve)
@@ -62,10 +92,10 @@ def tensors(rounds: int | None, seconds: float) -> list[Curve]:
     """Time a coordinate of 100,000 coordinates in 1 to 10,000 tensors."""
     curves = []
     for family in RULES:
-        steps = {str(n): contenders.learned(family, [TOTAL // n] * n) for n in COUNTS}
-        contest = Contest(steps, seconds)
-        contest.run(rounds)
-        curves.append(_curve(family, "tensors", contest, lambda _: TOTAL))
+        timed = {str(n): contenders.learned(family, [TOTAL // n] * n) for n in COUNTS}
+        contest = _contest(timed, rounds, seconds)
+        curve = _curve(family, "tensors", contest, lambda _: TOTAL)
+        curves.append({**curve, "gate": timed[str(COUNTS[0])].gate})
     return curves
 
 
@@ -75,60 +105,67 @@ def threads(rounds: int | None, seconds: float) -> list[Curve]:
     most = os.cpu_count() or 1
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= most]
 
-    def with_threads(count: int, step: Callable[[], object]) -> Callable[[], object]:
+    def with_threads(count: int, family: str) -> Timed:
+        torch.set_num_threads(count)
+        timed = contenders.learned(family, [TOTAL])
+
         def run() -> None:
             torch.set_num_threads(count)
-            step()
+            timed.run()
 
-        return run
+        return timed._replace(run=run)
 
     curves = []
-    for family in RULES:
-        step = contenders.learned(family, [TOTAL])
-        contest = Contest({str(n): with_threads(n, step) for n in counts}, seconds)
-        contest.run(rounds)
-        curves.append(_curve(family, "threads", contest, lambda _: TOTAL))
-    torch.set_num_threads(before)
+    try:
+        for family in RULES:
+            timed = {str(n): with_threads(n, family) for n in counts}
+            contest = _contest(timed, rounds, seconds)
+            curve = _curve(family, "threads", contest, lambda _: TOTAL)
+            curves.append({**curve, "gate": timed[str(counts[0])].gate})
+    finally:
+        torch.set_num_threads(before)
     return curves
 
 
 def lengths(rounds: int | None, seconds: float) -> list[Curve]:
     """Time a coordinate and step of a window's gradient, fused and by eager autograd."""
     curves = []
-    for family in ("lstm", "rnnprop"):
-        rule = contenders.make_rule(family).cpu()
-        net = EagerRule(rule)
-        windows = {t: random_window(rule, steps=t, runs=RUNS, dim=DIM, step=0) for t in LENGTHS}
-        for window in windows.values():
-            ours, theirs = unroll.fused(rule, window)[0], unroll.eager(net, rule, window)
-            error = float((ours - theirs).norm() / theirs.norm())
-            require(error < 1e-3, f"{family}: the two window gradients differ by {error:.1e}")
-        for name, call in (
-            ("fused", lambda window, rule=rule: unroll.fused(rule, window)),
-            ("eager autograd", lambda window, rule=rule, net=net: unroll.eager(net, rule, window)),
-        ):
-            contest = Contest({str(t): _bound(call, windows[t]) for t in LENGTHS}, seconds)
+    for family in RULES:
+        of_problem = family == "hierarchical"
+        make = _hierarchical_window if of_problem else partial(_window, family)
+        windows = {length: make(length) for length in LENGTHS}
+        count = sum(TENSORS) if of_problem else RUNS * DIM
+        for name in windows[LENGTHS[0]]:
+            calls = {str(length): windows[length][name] for length in LENGTHS}
+            contest = Contest(calls, seconds, 2 if of_problem else 5)
             contest.run(rounds)
-            curve = _curve(f"{family}, {name}", "unroll length", contest, lambda t: t * RUNS * DIM)
-            curves.append(curve)
-    window = hierarchical.Window(hierarchical.fresh_rule())
-    window.gate()
-    steps = {"fused": window.kernel, "eager autograd": window.eager}
-    contest = Contest(dict(steps), seconds, 2, 10)
-    contest.run(rounds)
-    per = hierarchical.WINDOW * sum(hierarchical.WINDOW_SIZES)
-    for name in steps:
-        nanoseconds = [1e9 * contest.seconds_of(name) / per]
-        curves.append(
-            {
-                "rule": f"hierarchical, {name}",
-                "over": "unroll length",
-                "x": [hierarchical.WINDOW],
-                "ns": nanoseconds,
-            }
-        )
+            per = partial(operator.mul, count)
+            curve = _curve(f"{family}, {name}", "unroll length", contest, per)
+            curves.append({**curve, "gate": WINDOW_GATE})
     return curves
 
 
-def _bound(call: Callable[[Any], object], window: Any) -> Callable[[], object]:
-    return lambda: call(window)
+def _window(family: str, length: int) -> dict[str, Callable[[], object]]:
+    """Both ways to the gradient of a coordinate-wise rule's window, gated."""
+    rule, what = contenders.make_rule(family).cpu(), f"{family}, a window of {length}"
+    net, window = EagerRule(rule), random_window(rule, steps=length, runs=RUNS, dim=DIM, step=0)
+    calls: dict[str, Callable[[], Any]] = {
+        FUSED: partial(unroll.fused, rule, window),
+        EAGER: partial(unroll.eager, net, rule, window),
+    }
+    plain = autograd_unroll(rule, window)
+    exact = autograd_unroll(contenders.make_rule(family).cpu().double(), window.to(torch.float64))
+    names = ("d_meta", "d_state")
+    for name, *three in zip(names, calls[FUSED](), plain, exact, strict=True):
+        gates.gradient(f"{what}, {name}", *three)
+    error, _ = relative_errors(calls[EAGER](), exact[0])
+    require(error < gates.GRADIENT_LIMIT, f"{what}: eager autograd is off by {error:.1e}")
+    return calls
+
+
+def _hierarchical_window(length: int) -> dict[str, Callable[[], object]]:
+    """Both ways to the gradient of the hierarchical rule's window, gated."""
+    window = hierarchical.Window(hierarchical.fresh_rule(), length, TENSORS)
+    exact, plain = window.eager(torch.float64), window.eager()
+    gates.gradient(f"hierarchical, a window of {length}", window.kernel(), plain, exact)
+    return {FUSED: window.kernel, EAGER: window.eager}

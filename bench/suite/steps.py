@@ -8,10 +8,10 @@ import torch
 
 from ..common import MATMUL, MATMUL_MACS, Contest, matmul
 from . import contenders, jax_step
-from .contenders import ADAMS, COMPILED, EAGER, MACS, RULES
+from .contenders import ADAMS, COMPILED, EAGER, MACS, RULES, Timed
 
 SIZES = (10_000,) * 10
-JAX = "JAX, jitted"
+JAX, TORCH = "JAX, jitted", "torch"
 COPY, COPY_FLOATS = "copy of 64 MiB", 2**24
 
 
@@ -28,61 +28,55 @@ def _yardsticks() -> dict[str, Any]:
 
 
 def measure(rounds: int | None, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each rule and backend, and for each of torch's Adams.
+    """One row for each rule and backend, and for each of torch's Adams, gated before it is timed.
 
     Returns:
         The rows, and notes on what was left out.
     """
     notes: list[str] = []
-    runs: dict[tuple[str, str], Any] = {}
+    found: dict[tuple[str, str], Timed] = {}
     for family in RULES:
-        contenders.gate(family)
         for backend in contenders.kernels():
-            runs[family, backend] = contenders.learned(family, SIZES, backend)
-        runs[family, EAGER] = contenders.learned(family, SIZES, "reference")
+            found[family, backend] = contenders.learned(family, SIZES, backend)
+        found[family, EAGER] = contenders.learned(family, SIZES, "reference")
         compiled = contenders.compiled(family, SIZES)
         if isinstance(compiled, str):
             notes.append(f"{family}: no row for {COMPILED}: {compiled}")
         else:
-            runs[family, COMPILED] = compiled
-    jitted = jax_step.lstm_step(sum(SIZES))
-    if isinstance(jitted, str):
-        notes.append(jitted)
+            found[family, COMPILED] = compiled
+    if jax_step.installed():
+        for family in jax_step.FAMILIES:
+            found[family, JAX] = contenders.jitted(family, SIZES)
+        notes.append("JAX has a step of the coordinate-wise rules only")
     else:
-        runs["lstm", JAX] = jitted
-    for name, options in ADAMS.items():
-        runs[name, "torch"] = contenders.adam(SIZES, options)
-    contest = Contest(
-        {**_yardsticks(), **{"/".join(key): run for key, run in runs.items()}}, seconds
-    )
+        notes.append(jax_step.MISSING)
+    for name in ADAMS:
+        found[name, TORCH] = contenders.adam(name, SIZES)
+    runs = {"/".join(key): timed.run for key, timed in found.items()}
+    contest = Contest({**_yardsticks(), **runs}, seconds)
     contest.run(rounds)
-    return [_row(key, run, contest) for key, run in runs.items()], notes
+    return [_row(key, timed, contest) for key, timed in found.items()], notes
 
 
-def _row(key: tuple[str, str], run: Any, contest: Contest) -> dict[str, Any]:
+def _row(key: tuple[str, str], timed: Timed, contest: Contest) -> dict[str, Any]:
     name, backend = key
     count = sum(SIZES)
     took = contest.seconds_of("/".join(key))
-    row: dict[str, Any] = {
+    held = timed.state_bytes()
+    # a step moves its state in and out, the gradient in, the parameter in and out
+    floats = 2 * held / 4 / count + 3
+    memory = floats * count / (2 * COPY_FLOATS) * contest.seconds_of(COPY)
+    arithmetic = contest.seconds_of(MATMUL) * MACS.get(name, 0) * count / MATMUL_MACS
+    return {
         "rule": name,
         "backend": backend,
         "ns a coordinate": 1e9 * took / count,
-        "over fused Adam": contest.ratio("/".join(key), "Adam, fused/torch", "").value,
-        "state bytes a parameter": 8.0,
-        "allocations a step": None,
-        "calls a step": None,
-        "share of the limit": None,
-        "limit": None,
+        "over fused Adam": contest.ratio("/".join(key), f"Adam, fused/{TORCH}", "").value,
+        "state bytes a parameter": held / count,
+        # what JAX does is not seen from outside, nor which kernels a compiled step calls
+        "allocations a step": None if backend == JAX else contenders.allocations(timed.run),
+        "calls a step": None if backend in (COMPILED, JAX) else contenders.launches(timed.run),
+        "share of the limit": max(arithmetic, memory) / took,
+        "limit": "multiply-adds" if arithmetic > memory else "memory",
+        "gate": timed.gate,
     }
-    if backend not in (COMPILED, JAX):  # what they call is not seen from outside
-        row["allocations a step"] = contenders.allocations(run)
-        row["calls a step"] = contenders.launches(run)
-    if name in RULES:
-        planes = contenders.make_rule(name).state_planes
-        row["state bytes a parameter"] = contenders.state_bytes(name, SIZES)
-        arithmetic = contest.seconds_of(MATMUL) * MACS[name] * count / MATMUL_MACS
-        # state in and out, gradient in, parameter in and out
-        moved = (2 * planes + 3) * count / (2 * COPY_FLOATS) * contest.seconds_of(COPY)
-        row["share of the limit"] = max(arithmetic, moved) / took
-        row["limit"] = "multiply-adds" if arithmetic > moved else "memory"
-    return row
