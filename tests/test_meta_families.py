@@ -219,9 +219,9 @@ def test_recipes_find_mnist_for_families_too(tmp_path: Path) -> None:
         ("small_problems = false", 'data = "signals"', "data = 'signals' is held out"),
         ("batch_sizes = [2, 6]", "batch_sizes = [2]", r"batch_sizes must be \[low, high\]"),
         ("batch_sizes = [2, 6]", "batch_sizes = [6, 2]", r"tasks\[1\]: .* must have low <= high"),
-        ("tensor_scaling = 1", "tensor_scaling = -1", r"tasks\[1\]: bound must be"),
-        ("noise = 0.1", "noise = -0.1", r"tasks\[1\]: sd must be"),
-        ("sparse = 0.5", "sparse = 1.5", r"tasks\[3\]: fraction must be"),
+        ("tensor_scaling = 1", "tensor_scaling = -1", r"tasks\[1\]: tensor_scaling must be"),
+        ("noise = 0.1", "noise = -0.1", r"tasks\[1\]: noise must be"),
+        ("sparse = 0.5", "sparse = 1.5", r"tasks\[3\]: sparse must be"),
         ("weight_normalization = true", "weight_normalization = 1", "must be true or false, got 1"),
         ("width = 4\nact", "with = 4\nact", r"'tasks\[1\].with'; did you mean 'width'"),
         ("channels = [2]", "channels = [2.5]", r"tasks\[2\]: channels must be an int"),
@@ -239,5 +239,5 @@ def test_bad_recipes(old: str, new: str, message: str) -> None:
 def test_drawn_batches_need_a_task_on_minibatches() -> None:
     table = RECIPE.split("[validation]", maxsplit=1)[0]
     table += '[[tasks]]\nkind = "quadratic"\nbatch_sizes = [2, 3]'
-    with pytest.raises(RecipeError, match=r"tasks\[0\]: task must have a batch_size to draw"):
+    with pytest.raises(RecipeError, match=r"tasks\[0\]: batch_sizes: task must have a batch_size"):
         build_trainer(parse_recipe(table))
