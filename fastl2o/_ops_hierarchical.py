@@ -84,7 +84,7 @@ def step_(
     device = params[0].device
     refuses = gpu.objections(rule, device)
     chosen = backends.choose(device, unsupported, refuses)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if meta is None:
         meta = rule.flat_buffer(device, wide)
     else:

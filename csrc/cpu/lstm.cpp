@@ -125,8 +125,10 @@ void correct_moments(const RuleConfig& config, std::vector<StepTensor>& tensors)
 
 // Beyond what fits here a window's activations are replayed in segments, from checkpoints: up to
 // 100 steps of 2 x 20 are not. They then lie in L3 or in memory, which costs less than replaying
-// twice: a step's record is written and read once while thousands of multiply-adds go by.
+// twice: a step's record is written and read once while thousands of multiply-adds go by. A longer
+// window is replayed twice however long its segments are, so those fit into L2.
 constexpr int64_t kRecordBytes = 4000 * 1024;
+constexpr int64_t kSegmentBytes = 1 << 20;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kPartialBytes = 8 << 20;
 
@@ -134,11 +136,12 @@ int64_t choose_segment_steps(const TileKernels& kernels, const RuleConfig& confi
   const int64_t state = config.state_planes();
   const int64_t record = config.num_features() + 2 * config.num_inputs() + 4 +
                          7 * config.num_layers * config.hidden_size;
-  const int64_t in_cache = kRecordBytes / (record * kernels.unroll_tile * int64_t(sizeof(float)));
+  const int64_t step_bytes = record * kernels.unroll_tile * int64_t(sizeof(float));
+  if (steps * step_bytes <= kRecordBytes) return std::max<int64_t>(steps, 1);
   // Checkpoints and records take the least memory together when they are of equal size.
   const auto balanced =
       int64_t(std::ceil(std::sqrt(double(steps) * double(state) / double(record))));
-  return std::clamp<int64_t>(std::max(in_cache, balanced), 1, std::max<int64_t>(steps, 1));
+  return std::clamp<int64_t>(std::max(kSegmentBytes / step_bytes, balanced), 1, steps);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -162,7 +163,7 @@ class Rule(nn.Module, abc.ABC):
         """
         if self._tables is None:
             self._tables = [module._parameters for module in self.modules() if module._parameters]
-        parameters = [parameter for table in self._tables for parameter in table.values()]
+        parameters: list[Tensor] = list(chain.from_iterable(map(dict.values, self._tables)))
         flat = self._flat
         if flat is None or not flat.holds(parameters, device, dtype):
             # Another thread may step with this rule: while one moves them, none may read them.
