@@ -28,6 +28,20 @@ LESSONS = {
 }
 
 
+def ahead(imitation: meta.Imitation, grads: list[float]) -> list[float]:
+    """The steps of a teacher with nesterov and cautious on one coordinate, number by number."""
+    (beta1, beta2), m, v, steps = imitation.betas, 0.0, 0.0, []
+    for t, g in enumerate(grads, 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        mean = m / (1 - beta1**t)
+        if imitation.nesterov:
+            mean = beta1 * m / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
+        allowed = not imitation.cautious or (mean > 0) == (g > 0)
+        root = math.sqrt(v / (1 - beta2**t)) + 1e-8
+        steps.append(-imitation.rate(t) * mean / root if allowed else 0.0)
+    return steps
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -77,6 +91,24 @@ def test_misfit_and_gradient_are_autograds(case: RuleCase, kind: str) -> None:
         torch.testing.assert_close(
             progress.losses, progress.run.losses(params, progress.run.full_batch())
         )
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_teacher_looks_ahead_and_leaves_out_steps_against_the_gradient(
+    nesterov: bool, cautious: bool
+) -> None:
+    imitation = meta.Imitation(
+        lr=0.05, betas=(0.9, 0.8), decay=3.0, nesterov=nesterov, cautious=cautious
+    )
+    grads = torch.randn(12, 1, 5, generator=seeded(), dtype=F64)
+    moments = torch.zeros(2, 1, 5, dtype=F64)
+    taught = torch.stack(
+        [imitation._adam_step(g, moments, t) for t, g in enumerate(grads, 1)]
+    ).squeeze(1)
+    expected = torch.tensor([ahead(imitation, g.tolist()) for g in grads.squeeze(1).T], dtype=F64)
+    torch.testing.assert_close(taught, expected.T, rtol=1e-12, atol=0)
+    assert bool((taught == 0).any()) == cautious
 
 
 def test_rate_falls_with_the_root_of_time() -> None:

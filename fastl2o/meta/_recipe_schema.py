@@ -97,6 +97,8 @@ _IMITATION_KEYS: Keys = {
     "own_path": (int, float),
     "coordinates": (int,),
     "schedule": (str,),
+    "nesterov": (bool,),
+    "cautious": (bool,),
 }
 _TOP_KEYS: Keys = {
     "name": (str,),

@@ -90,6 +90,11 @@ class Imitation:
         relative: steps are compared in units of Adam's rate, so that late steps count as much.
         own_path: chance that a batch of runs that imitates takes the rule's steps, not Adam's.
         coordinates: compare as many coordinates, drawn for each batch of runs; None for all.
+        nesterov: Adam looks one step of its momentum ahead (Dozat 2016, algorithm 8, with a
+            constant decay).
+        cautious: steps against the sign of the gradient at hand are left out (Liang et al. 2024,
+            arXiv 2411.16085, algorithm 2, without the rescaling of the others, which is not a
+            function of one coordinate: choose ``lr`` half as large again).
 
     Example:
         >>> Imitation(probability=0.3, decay=300.0).rate(300)
@@ -104,6 +109,8 @@ class Imitation:
     own_path: float = 0.0
     coordinates: int | None = None
     schedule: str = "inverse_sqrt"
+    nesterov: bool = False
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         for name in ("probability", "own_path"):
@@ -179,7 +186,13 @@ class Imitation:
         moments[0].lerp_(grads, 1 - beta1)
         moments[1].lerp_(grads.square(), 1 - beta2)
         denominator = (moments[1] / (1 - beta2**count)).sqrt_().add_(_EPS)
-        return moments[0] / denominator * (-self.rate(count) / (1 - beta1**count))
+        mean = moments[0] / (1 - beta1**count)
+        if self.nesterov:
+            mean = moments[0] * (beta1 / (1 - beta1 ** (count + 1)))
+            mean.add_(grads, alpha=(1 - beta1) / (1 - beta1**count))
+        if self.cautious:
+            mean = torch.where(mean * grads > 0, mean, 0.0)
+        return mean / denominator * -self.rate(count)
 
 
 def _misfit_gradient(
