@@ -232,12 +232,14 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
                                                         int64_t steps, std::vector<int64_t> sizes,
                                                         int64_t param_size, int64_t tensor_size,
                                                         int64_t global_size, int64_t num_scales,
-                                                        double lr, double weight_decay) {
+                                                        double lr, double weight_decay,
+                                                        std::optional<Tensor> d_updates) {
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   check_floats(grads, "grads");
   check_floats(state, "state");
   check_floats(loss_weights, "loss_weights");
+  if (d_updates.has_value()) check_floats(*d_updates, "d_updates");
   fastl2o::check_recorded(grads, loss_weights, steps);
   const int64_t rows = grads.size(0), runs = grads.size(1);
   int64_t dim = 0;
@@ -266,6 +268,7 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
   args.grads = floats(grads);
   args.state = floats(state);
   args.loss_weights = floats(loss_weights);
+  args.d_updates = fastl2o::given_updates(d_updates, grads, steps);
   args.d_meta = mutable_floats(d_meta);
   args.d_state = mutable_floats(d_state);
   fastl2o::cpu::hierarchical_unroll_backward(fastl2o::cpu::best_kernels(), config, floats(meta),

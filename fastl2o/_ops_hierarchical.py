@@ -165,6 +165,7 @@ def unroll_backward(
     lr: float,
     weight_decay: float,
     meta: Tensor,
+    d_updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastl2o.ops.unroll_backward` for this rule, arguments checked, runs' states `(R, W)`."""
     unsupported = ""
@@ -177,6 +178,7 @@ def unroll_backward(
         *(grads.contiguous(), state.contiguous(), int(step), meta),
         *(loss_weights.to(meta.dtype).contiguous(), int(steps), list(sizes)),
         *(*_numbers(rule), float(lr), float(weight_decay)),
+        None if d_updates is None else d_updates.to(meta.dtype).contiguous(),
     )
     with torch.no_grad():
         if chosen == "reference":
@@ -323,6 +325,7 @@ def _default_unroll(named: Named) -> tuple[Tensor, Tensor]:
     rule, grads, weights = _rule(named), named["grads"], named["loss_weights"]
     steps, step, sizes, lr = (named[name] for name in ("steps", "step", "sizes", "lr"))
     meta: Tensor = named["meta"]
+    given: Tensor | None = named.get("d_updates")
     states = [named["state"]]
     for t in range(steps - 1):
         states.append(rule.reference_runs_step(grads[t], states[t], step + t, sizes, meta)[1])
@@ -334,8 +337,9 @@ def _default_unroll(named: Named) -> tuple[Tensor, Tensor]:
         leaves = (states[t].detach().requires_grad_(), meta.detach().requires_grad_())
         with torch.enable_grad():
             results = rule.reference_runs_step(grads[t], leaves[0], step + t, sizes, leaves[1])
+        d_update = lr * adjoint if given is None else given[t]
         d_state, d_step = torch.autograd.grad(
-            results, leaves, (lr * adjoint, d_state), materialize_grads=True
+            results, leaves, (d_update, d_state), materialize_grads=True
         )
         d_meta += d_step
         adjoint = weights[t, :, None] * grads[t] + (1.0 - lr * named["weight_decay"]) * adjoint
@@ -366,7 +370,8 @@ _STEP, _STEP_NAMES = _define(
 _UNROLL, _UNROLL_NAMES = _define(
     "hierarchical_unroll_backward",
     "(Tensor grads, Tensor state, int step, Tensor meta, Tensor loss_weights, int steps, "
-    f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay) -> (Tensor, Tensor)",
+    f"int[] sizes, {_CONFIG_SCHEMA}, float lr, float weight_decay, Tensor? d_updates=None) "
+    "-> (Tensor, Tensor)",
     _default_unroll,
     _fake_unroll,
     gpu.dispatched(gpu.unroll_backward, _rule, gpu.check_unroll, _default_unroll),

@@ -113,6 +113,8 @@ def check_unroll(rule: HierarchicalRule, named: Named) -> None:
         "loss_weights": grads.shape[:2],
         "meta": (rule.num_meta_parameters,),
     }
+    if named.get("d_updates") is not None:
+        shapes["d_updates"] = torch.Size((steps, *grads.shape[1:]))
     for name, shape in shapes.items():
         given: Tensor = named[name]
         same = (torch.float32, grads.device)
@@ -131,7 +133,7 @@ def unroll_backward(
     """The window backward; `named` holds the arguments of the op's schema, checked."""
     names = ("grads", "state", "step", "meta", "loss_weights", "steps", "sizes")
     before = [named[name] for name in names]
-    scales = (named["lr"], named["weight_decay"])
+    scales = (named["lr"], named["weight_decay"], named.get("d_updates"))
     result: tuple[Tensor, Tensor]
     if backend == "cuda":
         cuda = torch.ops.fastl2o_cuda.hierarchical_unroll_backward

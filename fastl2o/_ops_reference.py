@@ -69,11 +69,10 @@ def check_upstream(
     """Check the given upstream gradients of a window's updates and of the state after it."""
     if d_updates is None and d_last_state is None:
         return
-    if not isinstance(rule, CoordinateRule):
-        name = "d_last_state" if d_updates is None else "d_updates"
+    if d_last_state is not None and not isinstance(rule, CoordinateRule):
         raise ValueError(
-            f"{name}: a rule of family {rule.family!r} takes loss_weights only; its updates "
-            "depend on the tensors"
+            f"d_last_state: a rule of family {rule.family!r} takes none; its states depend on "
+            "the tensors"
         )
     expected = (steps, *grads.shape[1:])
     if d_updates is not None and d_updates.shape != expected:

@@ -257,10 +257,9 @@ def unroll_backward(
         meta: flat meta-parameters `(M,)` in place of the rule's own.
         sizes: how many of a run's D coordinates each of its tensors has, for rules that look at
             whole tensors; one tensor by default.
-        d_updates: `(T, R, D)`, dL/du_t; `lr` and `weight_decay` do not matter then. For rules whose
-            coordinates do not talk to each other.
+        d_updates: `(T, R, D)`, dL/du_t; `lr` and `weight_decay` do not matter then.
         d_last_state: shaped as `state`, the gradient of the state after the window, where L depends
-            on that; zero by default. For the same rules.
+            on that; zero by default. For rules whose coordinates do not talk to each other.
 
     Returns:
         d_meta `(M,)` and d_state, the gradients of the meta-parameters and of the first state.
@@ -288,6 +287,7 @@ def unroll_backward(
         return hierarchical.unroll_backward(
             rule, grads, state, loss_weights, steps=steps, step=step,
             sizes=sizes or grads.shape[2:], lr=lr, weight_decay=weight_decay, meta=flat,
+            d_updates=d_updates,
         )  # fmt: skip
     rule = coordinate_wise(rule)
     family = FAMILIES.get(rule.family)

@@ -23,7 +23,10 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_uint64)
-            for name in ("meta", "grads", "state", "weights", "d_meta", "d_state", "sizes")
+            for name in (
+                *("meta", "grads", "state", "weights", "d_updates"),
+                *("d_meta", "d_state", "sizes"),
+            )
         ),
         *(
             (name, ctypes.c_int64)
@@ -133,8 +136,11 @@ def unroll_backward(
     within = Limits.make(**limits or {})
     size, segments, listed = describe(call, within)
     workspace = torch.full((size // 4,), torch.nan)
-    tensors = (meta, window.grads, window.state, window.weights, d_meta, d_state)
-    names = ("meta", "grads", "state", "weights", "d_meta", "d_state")
+    tensors = [meta, window.grads, window.state, window.weights, d_meta, d_state]
+    names = ["meta", "grads", "state", "weights", "d_meta", "d_state"]
+    if window.d_updates is not None:
+        tensors.append(window.d_updates)
+        names.append("d_updates")
     for name, tensor in zip(names, tensors, strict=True):
         setattr(call, name, cuda_step.address(tensor))
     memory = Memory([*tensors, workspace])

@@ -32,6 +32,10 @@ def test_a_window_without_gradients_after_its_last_step() -> None:
     window_gradient_is_that_of_autograd(2, False, 3, "triton")
 
 
+def test_given_gradients_of_the_updates() -> None:
+    window_gradient_is_that_of_autograd(2, False, 3, "triton", given=True)
+
+
 def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three steps in segments of two and one; three tiles a run for two programs.
     config = WindowConfig(block=16, programs=2, segment=2, segments=2)

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests import cuda_hierarchical_unroll as unroll
@@ -58,6 +59,14 @@ def assert_close(result: Result, exact: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("case", WINDOWS)
 def test_a_window_agrees_with_autograd(case: str) -> None:
     assert_close(executed(case), reference(case)[1])
+
+
+def test_given_gradients_of_the_updates_take_the_weights_place() -> None:
+    rule, window = make_rule(), make_window(make_rule(), *WINDOWS["later"])
+    generator = torch.Generator().manual_seed(7)
+    window.d_updates = torch.randn(3, *window.grads.shape[1:], generator=generator)
+    window.weights.fill_(torch.nan)
+    assert_close(unroll_backward(rule, window), autograd_unroll(rule, window, 0.7, 0.1))
 
 
 def test_special_functions_with_their_documented_errors() -> None:

@@ -36,6 +36,7 @@ class Window:
     steps: int
     taken: int
     sizes: tuple[int, ...]
+    d_updates: Tensor | None = None  # (T, R, D) in place of the weights
 
 
 def make_window(
@@ -89,6 +90,8 @@ def autograd_unroll(
             if t < window.steps:
                 d_updates.append(lr * adjoint)
             adjoint = weights[t] * grads[t] + (1 - lr * weight_decay) * adjoint
+        if window.d_updates is not None:
+            d_updates = list(window.d_updates[:, run].double().flip(0))
         for t, d_update in enumerate(reversed(d_updates)):
             updates, state = rule.reference_step(grads[t].split(sizes), state, meta)
             for update, upstream in zip(updates, d_update.split(sizes), strict=True):

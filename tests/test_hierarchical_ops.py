@@ -224,12 +224,22 @@ def test_window_gradient_is_that_of_autograd_in_float64(
     window_gradient_is_that_of_autograd(steps, last, first, backend)
 
 
+@over_backends
+def test_given_gradients_of_the_updates_take_the_weights_place(backend: str) -> None:
+    window_gradient_is_that_of_autograd(5, False, 3, backend, given=True)
+
+
 def test_window_gradient_with_attention_is_that_of_autograd_in_float64() -> None:
     window_gradient_is_that_of_autograd(4, True, 3, "auto", attention=True)
 
 
 def window_gradient_is_that_of_autograd(
-    steps: int, last: bool, first: int, backend: str, attention: bool = False
+    steps: int,
+    last: bool,
+    first: int,
+    backend: str,
+    attention: bool = False,
+    given: bool = False,
 ) -> None:
     rule, twin = (
         make(4, 5, 6, 3, dtype=dtype, attention=attention) for dtype in (torch.float32, F64)
@@ -245,10 +255,11 @@ def window_gradient_is_that_of_autograd(
         for t in range(first):
             hierarchical.runs_step_(rule, params, grads[0] * (t + 1), state, t, sizes, 1.0, 0.0)
     lr, decay = 0.7, 0.1
+    upstream = torch.randn(steps, *params.shape, generator=generator) if given else None
     with fastl2o.backend(backend):
         d_meta, d_state = ops.unroll_backward(
-            rule, grads, state, weights, steps=steps, step=first, sizes=sizes,
-            lr=lr, weight_decay=decay,
+            rule, grads, state, None if given else weights, steps=steps, step=first, sizes=sizes,
+            lr=lr, weight_decay=decay, d_updates=upstream,
         )  # fmt: skip
     leaves = (
         twin.flat_parameters().detach().requires_grad_(),
@@ -261,7 +272,9 @@ def window_gradient_is_that_of_autograd(
             grads[t].double(), inner, first + t, sizes, leaves[0]
         )
         moved = (1 - lr * decay) * moved + lr * update
-        if t + 1 < count:
+        if upstream is not None:
+            total = total + (upstream[t].double() * update).sum()
+        elif t + 1 < count:
             value = (grads[t + 1].double() * moved).sum(dim=1)
             total = total + (weights[t + 1].double() * value).sum()
     expected = torch.autograd.grad(total, leaves)

@@ -16,6 +16,7 @@ from fastl2o.meta.tasks import (
     Quadratic,
     RandomMLP,
     RandomScaling,
+    Rescaled,
     SoftmaxRegression,
     SparseGradients,
     SumOf,
@@ -24,7 +25,7 @@ from fastl2o.meta.tasks import (
     VmapRun,
     WithConvex,
 )
-from fastl2o.rules import Rule
+from fastl2o.rules import HierarchicalRule, Rule
 from tests.common import RuleCase
 
 F64 = torch.float64
@@ -225,20 +226,31 @@ def test_full_data_loss_of_runs_on_minibatches(task: Task) -> None:
     assert_near(progress.first_losses, first, 1e-12)
 
 
-@pytest.mark.parametrize("change", [GradientNoise, SparseGradients])
-def test_rules_see_the_gradients_that_a_task_changes_on_every_path(change: Any) -> None:
-    rule, task = CASES[0].make(F64), change(Quadratic(dim=4), 0.5)
-    losses = [
-        meta.TruncatedBPTT(5, path=path).window(rule, begin(rule, task)).losses
+def noisy_and_sparse(task: Task) -> Task:
+    return GradientNoise(SparseGradients(task, 0.5), 0.5)
+
+
+@pytest.mark.parametrize("change", [GradientNoise, SparseGradients, noisy_and_sparse])
+@pytest.mark.parametrize("family", ["lstm", "hierarchical"])
+@pytest.mark.parametrize("last", [True, False])
+def test_rules_see_the_gradients_that_a_task_changes_and_meta_gradients_do_not(
+    change: Any, family: str, last: bool
+) -> None:
+    rule: Rule = CASES[0].make(F64) if family == "lstm" else HierarchicalRule(3, 2, 2).double()
+    task = change(Quadratic(dim=4))
+    results = [
+        meta.TruncatedBPTT(5, path=path, final_term=last).window(rule, begin(rule, task))
         for path in ("fused", "autograd")
     ]
-    assert_near(losses[1], losses[0], 1e-12)
+    assert_near(results[1].losses, results[0].losses, 1e-12)
+    assert_near(results[1].gradient, results[0].gradient, 1e-10)
 
 
 def test_gaps_in_gradients_are_made_up_for_in_the_mean() -> None:
-    """The fused gradient, from masked gradients of the loss, is autograd's up to its spread."""
+    """Of a task around one with gaps, whose own gradients are not asked for, the fused gradient
+    is autograd's up to its spread."""
     rule, runs = CASES[0].make(F64), 4000
-    task = SparseGradients(Quadratic(dim=4), 0.8)
+    task = Rescaled(SparseGradients(Quadratic(dim=4), 0.8), 2.0)
     means, deviations = [], []
     for path in ("fused", "autograd"):
         parts = []

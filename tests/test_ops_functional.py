@@ -181,8 +181,8 @@ def test_bad_windows_are_named() -> None:
         ops.unroll_backward(rule, grads, state, weights, steps=3, d_last_state=state[1:])
     tensors = fastl2o.HierarchicalRule()
     levels = tensors.init_runs(torch.zeros(2, 5), (5,))
-    with pytest.raises(ValueError, match="takes loss_weights only"):
-        ops.unroll_backward(tensors, grads, levels, steps=3, d_updates=grads[:3])
+    with pytest.raises(ValueError, match=r"d_updates: expected shape \(3, 2, 5\)"):
+        ops.unroll_backward(tensors, grads, levels, steps=3, d_updates=grads)
     with pytest.raises(ValueError, match="d_last_state: a rule of family 'hierarchical' takes"):
         ops.unroll_backward(tensors, grads, levels, weights, steps=3, d_last_state=levels)
     with pytest.raises(ValueError, match="K = 5 or 6 for steps=5"):

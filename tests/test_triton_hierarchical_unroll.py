@@ -109,7 +109,7 @@ def run(rule: HierarchicalRule, recorded: Any) -> tuple[Tensor, Tensor]:
     return window.unroll_backward(
         rule, recorded.grads, recorded.state, recorded.taken,
         rule.flat_parameters().detach().float(), recorded.weights, recorded.steps,
-        recorded.sizes, 0.7, 0.1,
+        recorded.sizes, 0.7, 0.1, recorded.d_updates,
     )  # fmt: skip
 
 
@@ -117,9 +117,14 @@ def test_interpreted() -> None:
     gpu_common.run_interpreted("tests/interpreted_hierarchical_unroll.py")
 
 
-def test_executed_ptx_agrees_with_autograd(executed: dict[str, Any]) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["weights", "d_updates"])
+def test_executed_ptx_agrees_with_autograd(executed: dict[str, Any], given: bool) -> None:
     rule = make_rule((3, 4, 5, 2))
     recorded = make_window(rule, (33, 0, 5), 2, 2, 1, True)
+    if given:
+        generator = torch.Generator().manual_seed(7)
+        recorded.d_updates = torch.randn(2, *recorded.grads.shape[1:], generator=generator)
+        recorded.weights.fill_(torch.nan)
     exact = autograd_unroll(rule, recorded, 0.7, 0.1)
     for result, target in zip(run(rule, recorded), exact, strict=True):
         assert float((result - target).norm()) <= TOLERANCE * float(target.norm())

@@ -66,6 +66,7 @@ struct HierarchicalUnrollArgs {
   const float* grads = nullptr;         // (K, R, D)
   const float* state = nullptr;         // (R, W), before the window
   const float* loss_weights = nullptr;  // (K, R)
+  const float* d_updates = nullptr;     // (T, R, D) in place of loss_weights, or null
   float* d_meta = nullptr;              // (M,), written
   float* d_state = nullptr;             // (R, W), written
 };

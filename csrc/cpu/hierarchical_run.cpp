@@ -112,7 +112,7 @@ void RunBackward::replay(int64_t segment) {
   }
 }
 
-// d_update <- lr a_{t+1} with a_t = w_t g_t + (1 - lr wd) a_{t+1}, and its products with the steps'
+// d_update <- what is given, or lr a_{t+1} with a_t = w_t g_t + (1 - lr wd) a_{t+1}, and its products with the steps'
 // directions: mean(y' y) = - sum of d_update raw_step / (n rms).
 void RunBackward::advance_adjoint(int64_t t) {
   const float keep = float(1.0 - args_.lr * args_.weight_decay), lr = float(args_.lr);
@@ -120,16 +120,24 @@ void RunBackward::advance_adjoint(int64_t t) {
   const int64_t at = recorded ? (t + 1) * args_.runs + run_ : 0;
   const float weight = recorded ? args_.loss_weights[at] : 0.0f;
   const float* grads = args_.grads + at * layout_.coordinate_count;
+  const float* given = args_.d_updates == nullptr
+                           ? nullptr
+                           : args_.d_updates + (t * args_.runs + run_) * layout_.coordinate_count;
   const float* raw = raw_.data + t % segment_steps_ * layout_.coordinate_count;
   blocks_.for_each(parallel_for_, [&](size_t index) {
     const Block& block = blocks_.list[index];
     const int64_t start = layout_.coordinates[present_[size_t(block.tensor)]];
     double product = 0.0;
     for (int64_t i = start + block.first; i < start + block.last; ++i) {
-      float& adjoint = adjoint_[size_t(i)];
-      adjoint = (recorded ? weight * grads[i] : 0.0f) + (last ? 0.0f : keep * adjoint);
-      d_update_[size_t(i)] = lr * adjoint;
-      product -= double(lr * adjoint) * double(raw[i]);
+      float& d_update = d_update_[size_t(i)];
+      if (given != nullptr) {
+        d_update = given[i];
+      } else {
+        float& adjoint = adjoint_[size_t(i)];
+        adjoint = (recorded ? weight * grads[i] : 0.0f) + (last ? 0.0f : keep * adjoint);
+        d_update = lr * adjoint;
+      }
+      product -= double(d_update) * double(raw[i]);
     }
     products_[index] = product;
   });

@@ -138,12 +138,14 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
                                                         int64_t steps, std::vector<int64_t> sizes,
                                                         int64_t param_size, int64_t tensor_size,
                                                         int64_t global_size, int64_t num_scales,
-                                                        double lr, double weight_decay) {
+                                                        double lr, double weight_decay,
+                                                        std::optional<Tensor> d_updates) {
   const HierarchicalConfig config = make_config(param_size, tensor_size, global_size, num_scales);
   const Call call(meta, unsupported(config), HierarchicalLayout(config).total);
   call.check(grads, ScalarType::Float, "grads");
   call.check(state, ScalarType::Float, "state");
   call.check(loss_weights, ScalarType::Float, "loss_weights");
+  if (d_updates.has_value()) call.check(*d_updates, ScalarType::Float, "d_updates");
   int64_t coordinates = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
     STD_TORCH_CHECK(sizes[i] >= 0, place("sizes", int64_t(i)), " is ", sizes[i],
@@ -171,6 +173,7 @@ std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor sta
   window.grads = fastl2o::floats(grads);
   window.state = fastl2o::floats(state);
   window.loss_weights = fastl2o::floats(loss_weights);
+  window.d_updates = fastl2o::given_updates(d_updates, grads, steps);
   window.d_meta = fastl2o::mutable_floats(d_meta);
   window.d_state = fastl2o::mutable_floats(d_state);
   window.sizes = sizes.data();
@@ -206,7 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastl2o_cuda, m) {
   m.def(
       "hierarchical_unroll_backward(Tensor grads, Tensor state, int step, Tensor meta, Tensor "
       "loss_weights, int steps, int[] sizes, " FASTL2O_SIZES
-      ", float lr, float weight_decay) -> (Tensor, Tensor)");
+      ", float lr, float weight_decay, Tensor? d_updates=None) -> (Tensor, Tensor)");
   m.def("hierarchical_supported(" FASTL2O_SIZES ") -> bool");
 }
 

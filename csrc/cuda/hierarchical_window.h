@@ -9,9 +9,10 @@
 
 namespace fastl2o::cuda {
 
-// As ops.unroll_backward: K rows of gradients and of loss weights, `rows` = steps or steps + 1.
+// As ops.unroll_backward: K rows of gradients and of loss weights, `rows` = steps or steps + 1, or,
+// unless it is null, `steps` rows of d_updates in place of the weights.
 struct HierarchicalWindowCall {
-  const float *meta, *grads, *state, *loss_weights;
+  const float *meta, *grads, *state, *loss_weights, *d_updates;
   float *d_meta, *d_state;
   const int64_t* sizes;  // of a run's tensors
   int64_t tensors, steps, rows, runs, coordinates, width;
@@ -81,7 +82,7 @@ class HierarchicalWindow {
     args.chunks = int32_t(chunks);
     args.problems = int32_t(call.runs);
     args.step = float(call.step);
-    args.lr = float(call.lr);
+    args.lr = call.d_updates == nullptr ? float(call.lr) : 1.0f;
     args.keep = float(1.0 - call.lr * call.weight_decay);
   }
 
@@ -199,7 +200,9 @@ class HierarchicalWindow {
     args.sums = at(from + sums_);
     args.inverse_rms = at(from + inverse_rms_);
     args.states = at(from + states_);
-    if (t + 1 < call_.rows) {
+    if (call_.d_updates != nullptr) {
+      args.next_grads = call_.d_updates + t * call_.runs * call_.coordinates;
+    } else if (t + 1 < call_.rows) {
       args.next_grads = grads_of(t + 1);
       args.next_weights = call_.loss_weights + (t + 1) * call_.runs;
     }

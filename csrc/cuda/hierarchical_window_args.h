@@ -48,8 +48,8 @@ struct HierarchicalWindowArgs {
   const float* sums;
   const float* inverse_rms;
   const float* states;
-  const float* next_grads;    // of the step after it, or null
-  const float* next_weights;  // (runs,), of its losses
+  const float* next_grads;    // of the step after it, or null; dL/du of this step, if given
+  const float* next_weights;  // (runs,), of its losses; null if dL/du is given
 
   // Handed from launch to launch.
   float* d_rows;          // (runs, width), of the state

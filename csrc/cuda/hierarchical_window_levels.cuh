@@ -148,19 +148,22 @@ __device__ inline void global_backward(const HierarchicalWindowArgs& args, int p
   __syncthreads();
 }
 
-// adjoint <- w g + keep adjoint for a chunk, and the sum of -lr adjoint raw.
+// adjoint <- w g + keep adjoint, or dL/du where that is given (lr is 1 then), for a chunk, and the
+// sum of -lr adjoint raw.
 __device__ __forceinline__ void advance_chunk(const HierarchicalWindowArgs& args, int index,
                                               int chunk) {
   const HierarchicalEntry& entry = args.list[index];
   const Span span(entry, chunk);
   const int64_t at = static_cast<const float*>(entry.grad) - args.current_grads + span.first;
   const float* const raw = args.raw + kRawUnit * int64_t(entry.first_raw) + span.first;
-  const float weight = args.next_grads == nullptr ? 0.0f : args.next_weights[entry.problem];
+  const bool given = args.next_grads != nullptr && args.next_weights == nullptr;
+  const bool weighted = args.next_grads != nullptr && !given;
+  const float weight = weighted ? args.next_weights[entry.problem] : 1.0f;
   float sum = 0.0f;
 #pragma unroll 4
   for (int i = threadIdx.x % 32; i < span.size; i += 32) {
     float adjoint = args.next_grads == nullptr ? 0.0f : weight * args.next_grads[at + i];
-    if (args.follows) adjoint = fmaf(args.keep, args.adjoint[at + i], adjoint);
+    if (args.follows && !given) adjoint = fmaf(args.keep, args.adjoint[at + i], adjoint);
     args.adjoint[at + i] = adjoint;
     sum = fmaf(-args.lr * adjoint, raw[i], sum);
   }

@@ -82,6 +82,17 @@ inline void check_recorded(const Tensor& grads, const Tensor& loss_weights, int6
       "loss_weights must be (", rows, ", ", runs, ")");
 }
 
+// The gradients of a window's updates, (T, R, D), where they are given outright.
+inline const float* given_updates(const std::optional<Tensor>& d_updates, const Tensor& grads,
+                                  int64_t steps) {
+  if (!d_updates.has_value()) return nullptr;
+  const int64_t runs = grads.size(1), dim = grads.size(2);
+  STD_TORCH_CHECK(d_updates->dim() == 3 && d_updates->size(0) == steps &&
+                      d_updates->size(1) == runs && d_updates->size(2) == dim,
+                  "d_updates must be (", steps, ", ", runs, ", ", dim, ")");
+  return floats(*d_updates);
+}
+
 // A window of recorded gradients (K, R, D); with d_updates (T, R, D), which takes the place of the
 // loss weights, dL/du_t is given outright. d_last_state is that of the state after the window, zero
 // by default.
@@ -106,14 +117,8 @@ inline UnrollArgs recorded_window(const RuleConfig& config, const Tensor& grads,
   args.weight_decay = weight_decay;
   args.grads = floats(grads);
   args.state = floats(state);
-  if (d_updates.has_value()) {
-    STD_TORCH_CHECK(d_updates->dim() == 3 && d_updates->size(0) == steps &&
-                        d_updates->size(1) == args.runs && d_updates->size(2) == args.dim,
-                    "d_updates must be (", steps, ", ", args.runs, ", ", args.dim, ")");
-    args.d_update = floats(*d_updates);
-  } else {
-    args.loss_weights = floats(loss_weights);
-  }
+  args.d_update = given_updates(d_updates, grads, steps);
+  if (args.d_update == nullptr) args.loss_weights = floats(loss_weights);
   if (d_last_state.has_value()) {
     STD_TORCH_CHECK(has_shape(*d_last_state, state, 0), "d_last_state must have state's shape");
     args.d_last_state = floats(*d_last_state);

@@ -26,10 +26,10 @@ def least_memory(progress: Progress, steps: int) -> int:
     """The number of segments at which a window's beginnings and one segment's record are smallest.
 
     A beginning is the state, parameters and gradients, P + 2 numbers a coordinate; a step's record
-    is a gradient, or two with held-out losses. S (P + 2) + T / S is least at S^2 = T / (P + 2).
+    is a gradient, or two where f's are others. S (P + 2) + T / S is least at S^2 = T / (P + 2).
     """
     planes = progress.state.numel() / max(1, progress.params.numel())
-    records = 1 if progress.held_out is None else 2
+    records = 2 if progress.two_gradients else 1
     return max(1, round(math.sqrt(records * steps / (planes + 2))))
 
 
@@ -52,7 +52,9 @@ class _Upstream:
     """What the backward pass of a segment hands to the segment before."""
 
     d_state: Tensor  # of the state where the segment began
-    adjoint: Tensor  # (R, D): of its first parameters, or with held-out losses of the next ones
+    adjoint: (
+        Tensor  # (R, D): of its first parameters; of the next ones where f's gradients are others
+    )
     grads: Tensor  # (R, D): that the rule saw first, which the replay must end with
 
 
@@ -140,7 +142,7 @@ class SegmentedWindow:
         self, window: Window, weights: Tensor, later: _Upstream | None
     ) -> tuple[Tensor, _Upstream]:
         """Gradient of the meta-parameters through one segment, whose record is used up."""
-        run, grads, measured = self._progress.run, window.grads, window.held_out_grads
+        run, grads, measured = self._progress.run, window.grads, window.loss_grads
         keep = 1.0 - self._lr * self._weight_decay
         seen = grads[0].clone()
         upstream: dict[str, Tensor] = {}

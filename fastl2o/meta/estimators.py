@@ -125,8 +125,7 @@ class TruncatedBPTT(Estimator):
     ``objectives.per_run``: ``"sum"``, ``"weighted"``, ``"final"``, ``"log"`` or ``"best"``.
 
     Gradients that enter the rule are constants (the usual first-order choice), unless
-    ``second_order``. The fused path takes them for the gradients of f too: where a task adds noise
-    to them or leaves gaps (which it makes up for in the mean), its meta-gradient is noisier.
+    ``second_order``. Noise and gaps that a task adds to them are not in the gradients of f.
 
     Args:
         unroll: T, the inner steps of a window; None for a window as long as the horizon, which
@@ -146,8 +145,7 @@ class TruncatedBPTT(Estimator):
         held_out: whether f is the loss on minibatches of data that the runs do not train on (with
             ``full_data``, on all of that data), for rules that train models which generalise. Its
             gradients are taken besides those that the rule sees: a window takes twice the
-            evaluations and the memory. Rules whose coordinates talk to each other take the autograd
-            path then.
+            evaluations and the memory.
         segments: keep no more of a window's gradients at a time than those of one of as many
             segments; of the others only the beginnings are kept, and their steps are taken again.
             ``"auto"`` is the number that takes the least memory, which then grows by the square
@@ -217,8 +215,7 @@ class TruncatedBPTT(Estimator):
         steps = self.window_steps(steps)
         self.check_rule(rule)
         self.check_held_out(progress)
-        needs_autograd = self.held_out and not isinstance(rule, CoordinateRule)
-        if self.path == "autograd" or needs_autograd:
+        if self.path == "autograd":
             return self._autograd_window(rule, progress, steps, lr, weight_decay)
         segments, first = self.segments, progress.step == 0
         if isinstance(segments, str):

@@ -114,6 +114,11 @@ class Progress:
     perturbations: Perturbations | None = None
     held_out: TaskRun | None = None
 
+    @property
+    def two_gradients(self) -> bool:
+        """Whether the gradients of f are others than those that the rule sees."""
+        return self.held_out is not None or self.run.changes_gradients
+
     def evaluate(self) -> tuple[Tensor, Tensor]:
         """f ``(R,)`` and the next step's gradient ``(R, D)``, on minibatches drawn anew."""
         losses, grads = self.run.loss_and_grad(self.params, self.run.next_batch())
@@ -182,7 +187,7 @@ class Window(NamedTuple):
     losses: Tensor  # (T + 1, R): f_0 .. f_T
     state: Tensor  # the rule's state before the window, as rule.init_runs lays it out
     step: int  # inner steps taken before the window
-    held_out_grads: Tensor | None = None  # (T, R, D): of f_1 .. f_T, where f is on held-out data
+    loss_grads: Tensor | None = None  # (T, R, D): of f_1 .. f_T, where the rule sees others
 
 
 def start(
@@ -252,14 +257,18 @@ def run_window(
     losses = progress.losses.new_empty((steps + 1, params.shape[0]))
     grads[0], losses[0] = progress.grads, progress.losses
     run, apart = progress.run, progress.held_out
-    of_losses = None if apart is None else params.new_empty((steps, *params.shape))
+    of_losses = params.new_empty((steps, *params.shape)) if progress.two_gradients else None
     window = Window(grads, losses, state.clone(), progress.step, of_losses)
     with torch.no_grad():
         for t in range(steps):
             taken = progress.step + t
             step_runs(rule, params, grads[t], state, taken, run.tensor_sizes, lr, weight_decay)
-            losses[t + 1], grads[t + 1] = run.loss_and_grad(params, run.next_batch())
-            if apart is not None and of_losses is not None:
+            batch = run.next_batch()
+            if of_losses is None or apart is not None:
+                losses[t + 1], grads[t + 1] = run.loss_and_grad(params, batch)
+            else:
+                losses[t + 1], grads[t + 1], of_losses[t] = run.loss_and_grads(params, batch)
+            if of_losses is not None and apart is not None:
                 losses[t + 1], of_losses[t] = apart.loss_and_grad(params, apart.next_batch())
     progress.step += steps
     progress.losses, progress.grads = losses[steps].clone(), grads[steps].clone()

@@ -79,9 +79,13 @@ class Window:
     def __init__(
         self, rule: Any, grads: Tensor, state: Tensor, step: int, meta: Tensor,
         loss_weights: Tensor, steps: int, sizes: Sequence[int], lr: float, weight_decay: float,
+        d_updates: Tensor | None,
     ) -> None:  # fmt: skip
         self.rule, self.grads, self.meta, self.loss_weights = rule, grads, meta, loss_weights
         self.steps, self.lr, self.keep = steps, lr, 1.0 - lr * weight_decay
+        self.d_updates = d_updates
+        if d_updates is not None:
+            self.lr = 1.0
         self.state = state
         self.runs, self.coordinates = grads.shape[1:]
         self.count = sum(size > 0 for size in sizes)
@@ -170,11 +174,15 @@ class Window:
         chunks, count = len(plan.chunks), len(plan.tensors)
         recorded = t + 1 < len(self.grads)
         after = t + 1 if recorded else t
+        ahead, weights, follows = self.grads[after], self.loss_weights[after], t + 1 < self.steps
+        if self.d_updates is not None:
+            recorded, follows = True, False
+            ahead, weights = self.d_updates[t], torch.ones_like(self.loss_weights[0])
         options = {"num_warps": config.warps, "enable_fp_fusion": True}
         window_kernels.advance_adjoint[(chunks,)](
-            tensors, levels, plan.chunks, self.grads[after], self.loss_weights[after],
-            replay.raw[place], self.adjoint, self.products, config.chunk, int(recorded),
-            int(t + 1 < self.steps), self.lr, self.keep, BLOCK=config.block, **options,
+            tensors, levels, plan.chunks, ahead, weights, replay.raw[place], self.adjoint,
+            self.products, config.chunk, int(recorded), int(follows), self.lr, self.keep,
+            BLOCK=config.block, **options,
         )  # fmt: skip
         window_kernels.levels_backward[(count,)](
             tensors, levels, new_levels, meta, hidden, plan.flags, replay.sums[place],
@@ -277,6 +285,7 @@ def unroll_backward(
     sizes: Sequence[int],
     lr: float,
     weight_decay: float,
+    d_updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum_t w_t f_t(theta_t) over a window; this folder's README derives it.
 
@@ -291,6 +300,7 @@ def unroll_backward(
         steps: T.
         sizes: coordinates of each tensor of a run; they add up to D.
         lr, weight_decay: of the window's steps.
+        d_updates: `(T, R, D)`, dL/du_t of each step in place of the weights, lr and weight_decay.
 
     Returns:
         d_meta `(M,)` and d_state `(R, W)`.
@@ -299,5 +309,5 @@ def unroll_backward(
         return torch.zeros_like(meta), torch.zeros_like(state)
     with torch.cuda.device_of(meta):
         return Window(
-            rule, grads, state, step, meta, loss_weights, steps, sizes, lr, weight_decay
+            rule, grads, state, step, meta, loss_weights, steps, sizes, lr, weight_decay, d_updates
         ).run()

@@ -79,6 +79,11 @@ class TaskRun(ABC):
         """The share of the losses' gradient that ``loss_and_grad`` gives in the mean."""
         return 1.0
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether ``loss_and_grads`` knows the losses' gradients better than ``loss_and_grad``."""
+        return False
+
     def next_batch(self) -> Batch:
         """Draw what the next loss evaluation needs (minibatch indices, say), anew each time."""
         return ()
@@ -108,6 +113,16 @@ class TaskRun(ABC):
     @abstractmethod
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
+
+    def loss_and_grads(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``loss_and_grad``, and the losses' gradients ``(R, D)`` as they are.
+
+        The latter are without noise and gaps where ``changes_gradients``, else with the gaps made
+        up for in the mean.
+        """
+        losses, grads = self.loss_and_grad(params, batch)
+        share = self.gradient_share
+        return losses, grads, grads if share == 1.0 else grads / share
 
     def loss_and_grad_at(self, points: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(K, R)`` and gradients ``(K, R, D)`` at K points of each run, on one batch.

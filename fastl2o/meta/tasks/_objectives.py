@@ -6,6 +6,7 @@ The transforms of the ensemble of Wichrowska et al. 2017 (arXiv 1703.04813).
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -33,8 +34,24 @@ class _ChangedRun(WrappedRun):
 class _ChangedGradientRun(_ChangedRun):
     """What changes the gradient is drawn with the batch: the same batch gives the same gradient."""
 
+    @property
+    def changes_gradients(self) -> bool:
+        return True
+
+    @abstractmethod
+    def change(self, grads: Tensor, drawn: Tensor) -> Tensor:
+        """The gradients ``(R, D)`` that the rule sees, given what was drawn for them."""
+
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         return self.inner.losses(params, batch[1:])
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, grads = self.inner.loss_and_grad(params, batch[1:])
+        return losses, self.change(grads, batch[0])
+
+    def loss_and_grads(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        losses, grads, own = self.inner.loss_and_grads(params, batch[1:])
+        return losses, self.change(grads, batch[0]), own
 
     def full_batch(self) -> Batch:
         return (torch.empty(0), *self.inner.full_batch())
@@ -49,9 +66,8 @@ class _NoisyRun(_ChangedGradientRun):
         noise = torch.randn(shape, generator=self.generator, dtype=dtype)
         return (noise, *self.inner.next_batch())
 
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses, grads = self.inner.loss_and_grad(params, batch[1:])
-        return losses, grads.add(batch[0], alpha=self.amount)
+    def change(self, grads: Tensor, drawn: Tensor) -> Tensor:
+        return grads.add(drawn, alpha=self.amount)
 
 
 class _SparseRun(_ChangedGradientRun):
@@ -63,9 +79,8 @@ class _SparseRun(_ChangedGradientRun):
         kept = torch.rand(self.params.shape, generator=self.generator) >= self.amount
         return (kept, *self.inner.next_batch())
 
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses, grads = self.inner.loss_and_grad(params, batch[1:])
-        return losses, grads * batch[0]
+    def change(self, grads: Tensor, drawn: Tensor) -> Tensor:
+        return grads * drawn
 
 
 class _Wrapper(Task):
