@@ -9,26 +9,13 @@ are closer to the exact sum.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 SIGNIFICANT_BITS = 24
-_truncating = True
-
-
-@contextmanager
-def rounding_once() -> Iterator[None]:
-    """Products as the emulator has them: exact sums, rounded once."""
-    global _truncating
-    _truncating = False
-    try:
-        yield
-    finally:
-        _truncating = True
 
 
 def truncated_sum(terms: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -56,7 +43,6 @@ def install() -> None:
         if "tf32" not in instruction.mods or not shapes:
             return exact(context, instruction)
         (depth,) = shapes
-        rounded_once = exact(context, instruction)
         left, right, addend = (
             [context.rd(operand, kind) for operand in mma.vec_items(instruction.ops[index])]
             for index, kind in ((1, "b32"), (2, "b32"), (3, "f32"))
@@ -67,9 +53,6 @@ def install() -> None:
         (a_row, a_column), (b_row, b_column), (c_row, c_column) = places
 
         def run() -> None:
-            if not _truncating:
-                rounded_once()
-                return
             mma.full_warps(context, instruction)
             a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
             a[:, a_row, a_column] = mma.decode([np.broadcast_to(x, (lanes,)) for x in left], "tf32")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastl2o
 from fastl2o.rules import Rule
-from tests import common, cuda_step, tensor_core
+from tests import common, cuda_step
 
 pytestmark = pytest.mark.skipif(
     cuda_step.missing() is not None, reason=cuda_step.missing() or "never"
@@ -258,11 +258,9 @@ def test_one_step_with_given_gradients_is_the_functional_backward(case: common.R
     window = common.random_window(rule, steps=1, runs=1, dim=33, last=False)
     d_update = torch.randn((1, 1, 33), generator=generator)
     d_last = torch.randn(window.state.shape, generator=generator)
-    # Where products are truncated, RNNprop's d_state here errs 3.1 times as much as float32 torch.
-    with tensor_core.rounding_once():
-        result = unroll_backward(
-            rule, window, d_update=d_update, d_last_state=d_last, want_d_grads=True
-        )
+    result = unroll_backward(
+        rule, window, d_update=d_update, d_last_state=d_last, want_d_grads=True
+    )
     references = []
     for each in (rule, exact_rule):
         dtype = each.flat_parameters().dtype
@@ -277,6 +275,9 @@ def test_one_step_with_given_gradients_is_the_functional_backward(case: common.R
     kernel = (result.d_grads[0], result.d_state, result.d_meta)
     for index, what in enumerate(("d_grad", "d_state", "d_meta")):
         common.assert_as_accurate(kernel[index], plain[index], exact[index], what, norm=True)
+    # The target without the roundoffs beside it: RNNprop's v adds up what nearly cancels.
+    errors = [float((part[1] - exact[1]).norm()) for part in (kernel, plain)]
+    assert errors[0] <= 2.0 * errors[1]
 
 
 @over_families

@@ -21,10 +21,12 @@ struct Split {
   uint32_t high[2];
   uint32_t low[kExact ? 2 : 1];
 
+  // kAny: beyond kTf32Max too. h and what the projection gives are never there, as in the step.
+  template <bool kAny>
   __device__ __forceinline__ void set(float first, float second) {
     if constexpr (kExact) {
-      split<true>(first, high[0], low[0]);
-      split<true>(second, high[1], low[1]);
+      split<kAny>(first, high[0], low[0]);
+      split<kAny>(second, high[1], low[1]);
     } else {
       high[0] = tf32_nearest(first);
       high[1] = tf32_nearest(second);
@@ -32,41 +34,43 @@ struct Split {
   }
 };
 
+// Products of 8 inner indices added to a sum; of the left operand inner index t is `even`, t + 4 is
+// `odd`. The high parts alone, and what the low parts add to them.
+template <bool kExact>
+__device__ __forceinline__ void add_large(float (&sum)[4], const Split<kExact>& even,
+                                          const Split<kExact>& odd, const Split<kExact>& right) {
+  mma_k8(sum, even.high[0], even.high[1], odd.high[0], odd.high[1], right.high[0], right.high[1]);
+}
+template <bool kExact, bool kRightLow = true>
+__device__ __forceinline__ void add_small(float (&sum)[4], const Split<kExact>& even,
+                                          const Split<kExact>& odd, const Split<kExact>& right) {
+  mma_k8(sum, even.low[0], even.low[1], odd.low[0], odd.low[1], right.high[0], right.high[1]);
+  if constexpr (kRightLow)
+    mma_k8(sum, even.high[0], even.high[1], odd.high[0], odd.high[1], right.low[0], right.low[1]);
+}
+
 // A sum of products only. The small parts have an accumulator of their own, as in the step.
 template <bool kExact>
 struct Sum {
   float large[4] = {};
   float small[kExact ? 4 : 1] = {};
 
-  // Left operand: inner index t is `even`, t + 4 is `odd`.
   __device__ __forceinline__ void add(const Split<kExact>& even, const Split<kExact>& odd,
                                       const Split<kExact>& right) {
-    if constexpr (kExact) {
-      mma_k8(small, even.low[0], even.low[1], odd.low[0], odd.low[1], right.high[0], right.high[1]);
-      mma_k8(small, even.high[0], even.high[1], odd.high[0], odd.high[1], right.low[0],
-             right.low[1]);
-    }
-    add_high(even, odd, right);
+    if constexpr (kExact) add_small(small, even, odd, right);
+    add_large(large, even, odd, right);
   }
   // The same where the right operand is a TF32 number.
   __device__ __forceinline__ void add_exact(const Split<kExact>& even, const Split<kExact>& odd,
                                             const Split<kExact>& right) {
-    if constexpr (kExact)
-      mma_k8(small, even.low[0], even.low[1], odd.low[0], odd.low[1], right.high[0], right.high[1]);
-    add_high(even, odd, right);
+    if constexpr (kExact) add_small<kExact, false>(small, even, odd, right);
+    add_large(large, even, odd, right);
   }
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (kExact)
       return large[i] + small[i];
     else
       return large[i];
-  }
-
- private:
-  __device__ __forceinline__ void add_high(const Split<kExact>& even, const Split<kExact>& odd,
-                                           const Split<kExact>& right) {
-    mma_k8(large, even.high[0], even.high[1], odd.high[0], odd.high[1], right.high[0],
-           right.high[1]);
   }
 };
 
@@ -157,6 +161,12 @@ struct Place {
   }
 };
 
+// A branch that is never taken, as `number` is not negative. ptxas moves nothing across it; else it
+// starts the products of units to come so early that registers spill.
+__device__ __forceinline__ void fence_schedule(int number) {
+  asm volatile("{.reg .pred p; setp.lt.s32 p, %0, 0; @p exit;}" ::"r"(number) : "memory");
+}
+
 // Of units 4p + t, for the lane's two coordinates.
 struct Gates {
   float i[2], f[2], cand[2], o[2];
@@ -200,21 +210,32 @@ __device__ __forceinline__ void cell_backward(const Gates& gates, const float (&
   }
 }
 
-// Adds to the sums of input tiles what the gates of group p give them.
+// Adds to the sums of input tiles what the gates of group p give them. Exact, a group has a chain
+// of its own, and the chains' sums are added rounded to nearest: ten products truncated in a row
+// cost the derivative of RNNprop's v, a difference of large numbers, its last bits.
 template <bool kExact, int kSteps>
 __device__ __forceinline__ void transposed_product(const float (&d_gates)[4][2],
                                                    const float* blocks, const Place<kExact>& place,
-                                                   Sum<kExact> (&sums)[kSteps]) {
+                                                   float (&sums)[kSteps][4]) {
   constexpr int size = 64 * Place<kExact>::kParts;
+  float own[kExact ? kSteps : 1][4] = {};
 #pragma unroll
   for (int q = 0; q < 2; ++q) {
     Split<kExact> even, odd;
-    even.set(d_gates[2 * q][0], d_gates[2 * q][1]);
-    odd.set(d_gates[2 * q + 1][0], d_gates[2 * q + 1][1]);
+    even.template set<true>(d_gates[2 * q][0], d_gates[2 * q][1]);
+    odd.template set<true>(d_gates[2 * q + 1][0], d_gates[2 * q + 1][1]);
+#pragma unroll
+    for (int r = 0; r < kSteps; ++r) {
+      const Split<kExact> right = place.backward_weights(blocks + (q * kSteps + r) * size);
+      if constexpr (kExact) add_small(own[r], even, odd, right);
+      add_large(kExact ? own[r] : sums[r], even, odd, right);
+    }
+  }
+  if constexpr (kExact)
 #pragma unroll
     for (int r = 0; r < kSteps; ++r)
-      sums[r].add(even, odd, place.backward_weights(blocks + (q * kSteps + r) * size));
-  }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[r][i] += own[r][i];
 }
 
 // A warp's share of a layer's weight gradient, in tiles of 16 gates x 8 inputs: row m is gate m / 4
@@ -236,10 +257,10 @@ struct WeightGradient {
     __device__ __forceinline__ explicit Rows(const float* at) {
       const float4 upper = *reinterpret_cast<const float4*>(at);
       const float4 lower = *reinterpret_cast<const float4*>(at + 8 * kWarpTile);
-      k[0].set(upper.x, lower.x);
-      k[1].set(upper.y, lower.y);
-      k[2].set(upper.z, lower.z);
-      k[3].set(upper.w, lower.w);
+      k[0].template set<true>(upper.x, lower.x);
+      k[1].template set<true>(upper.y, lower.y);
+      k[2].template set<true>(upper.z, lower.z);
+      k[3].template set<true>(upper.w, lower.w);
     }
   };
 
@@ -269,8 +290,13 @@ struct WeightGradient {
         const float4 four =
             *reinterpret_cast<const float4*>(at + (4 * kHidden + 8 * r) * kWarpTile);
         Split<kExact> right[2];
-        right[0].set(four.x, four.y);
-        right[1].set(four.z, four.w);
+        if (!kOnes && r + 1 == kSteps) {  // features
+          right[0].template set<true>(four.x, four.y);
+          right[1].template set<true>(four.z, four.w);
+        } else {
+          right[0].template set<false>(four.x, four.y);
+          right[1].template set<false>(four.z, four.w);
+        }
 #pragma unroll
         for (int k = 0; k < 2; ++k) sums[r].add(own.k[2 * k], own.k[2 * k + 1], right[k]);
         if (both)

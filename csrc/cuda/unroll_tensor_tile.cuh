@@ -251,6 +251,13 @@ struct Tile {
       use(kPairs, now.values);
     }
   }
+  static __device__ __forceinline__ void set_first(Split<kExact> (&x)[2 * kFirstSteps], int group,
+                                                   const float (&in)[2]) {
+    if (!kRnnprop && group == kPairs)  // features
+      x[group].template set<true>(in[0], in[1]);
+    else
+      x[group].template set<false>(in[0], in[1]);
+  }
   __device__ __forceinline__ float4 projection(int p) const {
     return reinterpret_cast<const float4*>(shared + Layout::kProjection)[4 * p + place.t];
   }
@@ -316,15 +323,14 @@ struct Tile {
           if (!last) keep_moments(t + 1, m, v);
         }
         Split<kExact> x[2 * kFirstSteps];
-        first_inputs(now, h[0],
-                     [&](int group, const float (&in)[2]) { x[group].set(in[0], in[1]); });
+        first_inputs(now, h[0], [&](int group, const float (&in)[2]) { set_first(x, group, in); });
         layer_forward<0>(x, t + 1, last, h[0], c[0]);
       }
       Split<kExact> x[2 * kSecondSteps];
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
-        x[p].set(h[0][p][0], h[0][p][1]);
-        x[kPairs + p].set(h[1][p][0], h[1][p][1]);
+        x[p].template set<false>(h[0][p][0], h[0][p][1]);
+        x[kPairs + p].template set<false>(h[1][p][0], h[1][p][1]);
       }
       layer_forward<1>(x, t + 1, last, h[1], c[1]);
     }

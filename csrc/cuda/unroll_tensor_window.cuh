@@ -38,12 +38,12 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
   template <int kLayer, typename Add>
   __device__ __forceinline__ void layer_backward(const Split<kExact> (&x)[2 * kSteps<kLayer>],
                                                  int t, const Units& d_h, Units& d_c,
-                                                 Sum<kExact> (&d_x)[kSteps<kLayer>], Add&& add) {
+                                                 float (&d_x)[kSteps<kLayer>][4], Add&& add) {
     float next_cell[2];
     load_cell(t, kLayer, 0, next_cell);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      asm volatile("" ::: "memory");
+      fence_schedule(t);
       const float c_before[2] = {next_cell[0], next_cell[1]};
       if (p + 1 < kPairs) load_cell(t, kLayer, p + 1, next_cell);
       const Gates now = this->template gates<kLayer>(x, p);
@@ -63,8 +63,8 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
   }
   // Of input group `group`.
   template <int kCount>
-  static __device__ __forceinline__ float input_gradient(const Sum<kExact> (&d_x)[kCount],
-                                                         int group, int j) {
+  static __device__ __forceinline__ float input_gradient(const float (&d_x)[kCount][4], int group,
+                                                         int j) {
     return d_x[group / 2][group % 2 + 2 * j];
   }
 
@@ -80,7 +80,7 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
 
   // Back through ELU, projection and moment averages.
   __device__ __forceinline__ void projection_backward(int t, const Features& now,
-                                                      const Sum<kExact> (&d_x)[kFirstSteps]) {
+                                                      const float (&d_x)[kFirstSteps][4]) {
     float d_g_scaled[2] = {}, d_m_scaled[2] = {};
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -128,7 +128,7 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
 
   // dx1/dg = sign(g) / (p (|g| + eps)) unless clipped, dx2/dg = e^p unless clipped.
   __device__ __forceinline__ void features_backward(int64_t t,
-                                                    const Sum<kExact> (&d_x)[kFirstSteps]) const {
+                                                    const float (&d_x)[kFirstSteps][4]) const {
     float grad[2], d_grad[2];
     read(args.window.grads + t * args.total, grad);
 #pragma unroll
@@ -176,13 +176,13 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
         if constexpr (kRnnprop) keep_output(h);
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          x[p].set(inputs[p][0], inputs[p][1]);
-          x[kPairs + p].set(h[p][0], h[p][1]);
+          x[p].template set<false>(inputs[p][0], inputs[p][1]);
+          x[kPairs + p].template set<false>(h[p][0], h[p][1]);
           put(4 * kHidden + 4 * p, inputs[p]);
           put(5 * kHidden + 4 * p, h[p]);
         }
       }
-      Sum<kExact> d_x[kSecondSteps];
+      float d_x[kSecondSteps][4] = {};
       layer_backward<1>(x, t, adjoint.h[1], adjoint.c[1], d_x,
                         [&](int p, const Gates& now, const float (&tanh_c)[2], float (&d)[2]) {
 #pragma unroll
@@ -217,11 +217,11 @@ struct Window : Tile<kRnnprop, kExact, kAside> {
         Units h;
         load(t, 0, 0, h);
         first_inputs(features_before(t), h, [&](int group, const float (&in)[2]) {
-          x[group].set(in[0], in[1]);
+          Base::set_first(x, group, in);
           put(4 * kHidden + 4 * group, in);
         });
       }
-      Sum<kExact> d_x[kFirstSteps];
+      float d_x[kFirstSteps][4] = {};
       layer_backward<0>(x, t, adjoint.h[0], adjoint.c[0], d_x,
                         [](int, const Gates&, const float (&)[2], float (&)[2]) {});
       constexpr int h_group = kRnnprop ? kPairs : 0;
