@@ -12,6 +12,7 @@ from torch import Tensor
 import fastl2o
 from fastl2o import HierarchicalRule, LearnedOptimizer
 from kernels.hierarchical.config import StepConfig
+from kernels.hierarchical.parameters import packed
 from tests.optimizers import run_steps, snapshot
 from tests.test_hierarchical_ops import (
     Problem,
@@ -170,7 +171,9 @@ def test_rules_of_other_sizes_do_not_share_tables() -> None:
     mine = Problem(rules[0], [(9,)])  # where another optimizer's tensors lay before
     lists = (mine.params, mine.params, mine.planes, mine.tensors, mine.steps)
     for rule in rules:
-        assert step.plan_of(rule, *lists, []).injected.shape[1] == 3 * rule.param_size
+        assert step.plan_of(rule, *lists, []).packed.shape[1] == packed(
+            "all", rule.param_size, rule.num_scales
+        )
 
 
 @pytest.mark.parametrize("capturing", [False, True])

@@ -22,7 +22,7 @@ POINTERS = {
     **dict.fromkeys(("tensors_total", "chunks_total", "programs"), "i32"),
     **dict.fromkeys(("seed_low", "seed_high"), "i32"),
     "flags": "*i32",
-    **dict.fromkeys(("meta", "hidden", "injected", "raw", "partials", "inverse_rms"), "*fp32"),
+    **dict.fromkeys(("meta", "hidden", "packed", "raw", "partials", "inverse_rms"), "*fp32"),
     **dict.fromkeys(("grad_scale", "found_inf", "rates"), "*fp32"),
 }
 SMALL, DEFAULT = (3, 4, 5, 2), (10, 20, 20, 4)
@@ -39,7 +39,7 @@ def compiled(
     from kernels.hierarchical.config import step_config
     from kernels.lstm.step import DTYPES
 
-    config = step_config(1)
+    config = step_config(1, sizes[0])
     param, state = DTYPES[torch.float32], DTYPES[planes]
     tiles = {"BLOCK": config.block, "TENSORS": config.tensors}
     own: dict[str, Any] = {
@@ -120,7 +120,7 @@ class Lists:
         count = len(rows)
         dtypes = [torch.float32] * count
         plan = step.make_plan(self.rule, rows, levels, dtypes, torch.device("cpu"))
-        for buffer in (plan.raw, plan.partials, plan.inverse_rms, plan.injected):
+        for buffer in (plan.raw, plan.partials, plan.inverse_rms, plan.packed):
             buffer.fill_(torch.nan)
         plan.set_rates([0.5] * count, [0.2] * count)
         meta = self.rule.flat_parameters().detach()
@@ -137,7 +137,7 @@ class Lists:
             sweep.launch(
                 (programs,),
                 [
-                    *(plan.tensors, plan.levels, plan.chunks, meta, self.hidden, plan.injected),
+                    *(plan.tensors, plan.levels, plan.chunks, meta, self.hidden, plan.packed),
                     *(plan.raw, plan.partials, one, one, plan.flags, *totals, 1.0, 0, 0),
                 ],
                 **checks,
@@ -206,5 +206,6 @@ def test_config_is_a_function_of_the_problem() -> None:
     from kernels.hierarchical.config import MAX_TILES, step_config
 
     assert step_config(1_000).chunk == step_config(1).block
-    assert step_config(10**6).chunk == 512
+    assert step_config(10**6).chunk == 1024
+    assert step_config(1, 16).block == 256
     assert step_config(2**33).chunk == MAX_TILES * step_config(1).block

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # mean log rates once, so there are no more of them.
 MAX_PROGRAMS = 1024
 # Chunks of a call until they have grown to MAX_TILES: a tensor's are added up by one program.
-MAX_CHUNKS = 2048
+MAX_CHUNKS = 1024
 # Tiles of a chunk: their sums are added in float32.
 MAX_TILES = 64
 
@@ -19,7 +19,7 @@ class StepConfig:
     """Launch parameters of the three launches.
 
     Attributes:
-        block: coordinates of a tile.
+        block: coordinates of a tile, a power of two.
         warps: warps of a program.
         chunk: coordinates that a partial sum stands for; whole tiles.
         max_programs: limit on programs that walk chunks.
@@ -27,25 +27,26 @@ class StepConfig:
         rows: chunks whose sums are loaded together.
     """
 
-    block: int = 256
+    block: int = 512
     warps: int = 4
-    chunk: int = 256
+    chunk: int = 512
     max_programs: int = MAX_PROGRAMS
     tensors: int = 128
     rows: int = 64
 
 
-def step_config(coordinates: int) -> StepConfig:
-    """The parameters for `coordinates` in all.
+def step_config(coordinates: int, units: int = 10) -> StepConfig:
+    """The parameters for `coordinates` in all, of a rule with `units` units for each.
 
-    Two coordinates a thread share the loads of weights. A chunk is one tile until there are
-    MAX_CHUNKS, then more, up to MAX_TILES.
+    Four coordinates a thread share the loads of weights: with 10 units that takes all registers, so
+    with more units there are two. A chunk is one tile until there are MAX_CHUNKS, then more, up to
+    MAX_TILES.
     """
-    block = StepConfig.block
+    block = StepConfig.block if units <= 10 else StepConfig.block // 2
     chunk = block
     while coordinates > chunk * MAX_CHUNKS and chunk < block * MAX_TILES:
         chunk *= 2
-    return StepConfig(chunk=chunk)
+    return StepConfig(block=block, chunk=chunk)
 
 
 # Bytes of states that are recorded at once; beyond, segments of about sqrt(T) steps.

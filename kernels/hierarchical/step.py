@@ -30,6 +30,7 @@ from ..lstm.step import (
 )
 from . import step_kernels
 from .config import StepConfig, step_config
+from .parameters import packed
 
 MAX_PLANS = 16
 PASS = 0
@@ -46,7 +47,7 @@ class Plan:
         levels: int64 (tensors, 5): address of the tensor's state, problem, start of its raw
             step, first chunk, the one after its last.
         chunks: int64 (chunks, 2): index of a tensor, first coordinate.
-        raw, partials, inverse_rms, injected: float32 working memory.
+        raw, partials, inverse_rms, packed: float32 working memory.
         flags: int32 (tensors,), 1 where a gradient holds NaN or Inf.
         rates: float32 (tensors, 4): 1 - lr * weight_decay and lr as sums of two, for `values`.
     """
@@ -59,7 +60,7 @@ class Plan:
     raw: Tensor
     partials: Tensor
     inverse_rms: Tensor
-    injected: Tensor
+    packed: Tensor
     flags: Tensor
     rates: Tensor
     values: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
@@ -105,7 +106,7 @@ def make_plan(
         device: where the tables are to lie.
     """
     numels = [row[-1] for row in rows]
-    config = step_config(sum(numels))
+    config = step_config(sum(numels), rule.param_size)
     chunks: list[tuple[int, int]] = []
     firsts, parts = [0] * len(rows), []
     for dtype in dict.fromkeys(dtypes):
@@ -136,7 +137,7 @@ def make_plan(
         floats(max(1, at)),
         floats(max(1, len(chunks)), rule.num_sums),
         floats(len(rows)),
-        floats(config.max_programs, 3 * rule.param_size),
+        floats(config.max_programs, packed("all", rule.param_size, rule.num_scales)),
         torch.zeros(len(rows), dtype=torch.int32, device=device),
         floats(len(rows), 4),
     )
@@ -285,7 +286,7 @@ def step_(
             programs = min(end - begin, config.max_programs)
             if programs:
                 step_kernels.sweep[(programs,)](
-                    plan.tensors, plan.levels, plan.chunks[begin:], meta, hidden, plan.injected,
+                    plan.tensors, plan.levels, plan.chunks[begin:], meta, hidden, plan.packed,
                     plan.raw, plan.partials[begin:], scale, found, plan.flags,
                     count, end - begin, programs, config.chunk, -1.0 if maximize else 1.0,
                     *seed_words(rounding_seed or 0), PARAM=DTYPES[dtype], PLANES=state,

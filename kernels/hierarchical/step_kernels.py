@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..lstm.cells import bounded_exp, sigmoid
 from ..lstm.step_kernels import address, left_alone, load_rows, rounded, rounding_base
-from . import cells
+from . import cells, parameters
 
 RMS_EPS = tl.constexpr(1e-16)
 SQUARE_EPS = tl.constexpr(1e-12)
@@ -71,53 +71,10 @@ def mean_log_rate(
 
 
 @triton.jit
-def features(
-    grad, averages, squares, centred, beta, beta_l, S: tl.constexpr,
-):  # fmt: skip
-    """New averages and squares, the scaled averages m and the 3 S inputs, as tuples."""
-    scaled, logs, new_averages, new_squares = (), (), (), ()
-    total = tl.zeros_like(grad)
-    for s in tl.static_range(S):
-        average = grad + beta * (averages[s] - grad)
-        square = average * average + 1e-12
-        square = square + beta_l * (squares[s] - square)
-        new_averages = new_averages + (average,)  # noqa: RUF005
-        new_squares = new_squares + (square,)  # noqa: RUF005
-        scaled = scaled + (cells.asinh(tl.div_rn(average, tl.sqrt_rn(square + 1e-16))),)  # noqa: RUF005
-        logarithm = tl.log(square + 1e-16)
-        logs = logs + (logarithm,)  # noqa: RUF005
-        total += logarithm
-        beta = tl.sqrt_rn(beta)
-    mean = total * (1.0 / S)
-    inputs = scaled
-    for s in tl.static_range(S - 1):
-        inputs = inputs + (scaled[s] * scaled[s + 1],)  # noqa: RUF005
-    for s in tl.static_range(S):
-        inputs = inputs + (logs[s] - mean,)  # noqa: RUF005
-    return new_averages, new_squares, scaled, inputs + (centred,)  # noqa: RUF005
-
-
-@triton.jit
-def dot(weights, bias, values, SIZE: tl.constexpr):
-    """bias + weights . values, over a tuple of SIZE arrays."""
-    total = tl.zeros_like(values[0]) + tl.load(bias)
-    for k in tl.static_range(SIZE):
-        total += values[k] * tl.load(weights + k)
-    return total
-
-
-@triton.jit
-def gate(row, bias, x, h, P: tl.constexpr, F: tl.constexpr):
-    """bias + a row of weights (F + P) . [x, h]."""
-    total = dot(row, bias, x, F)
-    for k in tl.static_range(P):
-        total += h[k] * tl.load(row + F + k)
-    return total
-
-
-@triton.jit
-def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr):
-    """The biases of the parameter GRU, with what the levels above inject, to `out`."""
+def injected_biases(
+    meta, state, z, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, S: tl.constexpr
+):
+    """The biases of the parameter GRU, with what the levels above inject; zeros beyond 3 P."""
     ROWS: tl.constexpr = cells.padded(3 * P)
     PT: tl.constexpr = cells.padded(T)
     PG: tl.constexpr = cells.padded(G)
@@ -137,8 +94,35 @@ def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexp
         cells.offset("param_gates_bias", P, T, G, S) + row,
         cells.offset("param_candidate_bias", P, T, G, S) + row - 2 * P,
     )
-    value += tl.load(meta + bias, row < 3 * P, 0.0)
-    tl.store(out + row, value, row < 3 * P)
+    return value + tl.load(meta + bias, row < 3 * P, 0.0)
+
+
+@triton.jit
+def enter_tile(
+    grad_ptr, planes, numel, lanes, valid, taken, mean, readouts, grad_scale, sign, base,
+    PARAM: tl.constexpr, PLANES: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """The inputs x of a tile, its h, log rate and the direction by x; new averages stored."""
+    grad = tl.load(grad_ptr + lanes, valid, 0.0).to(tl.float32)
+    h = load_rows(planes, numel, lanes, valid, P)
+    averages = load_rows(planes + P * numel, numel, lanes, valid, S)
+    squares = load_rows(planes + (P + S) * numel, numel, lanes, valid, S)
+    log_rate = tl.load(planes + (P + 2 * S) * numel + lanes, valid, 0.0).to(tl.float32)
+    if HAS_SCALE:
+        grad = tl.div_rn(grad, tl.load(grad_scale))
+        tl.store(grad_ptr + lanes, grad.to(PARAM), valid)
+    beta = parameters.decay(readouts, 3 * P + S + 2, h, taken, P)
+    beta_l = parameters.decay(readouts, 2 * P + S + 1, h, taken, P)
+    averages, squares, scaled, x = parameters.features(
+        grad * sign, averages, squares, log_rate - mean, beta, beta_l, S
+    )
+    for s in tl.static_range(S):
+        stored = rounded(averages[s], base, P + s, False, PLANES, STOCHASTIC)
+        tl.store(planes + (P + s) * numel + lanes, stored, valid)
+        stored = rounded(squares[s], base, P + S + s, False, PLANES, STOCHASTIC)
+        tl.store(planes + (P + S + s) * numel + lanes, stored, valid)
+    return x, h, log_rate, parameters.readout(readouts, P, scaled, S)
 
 
 @triton.jit(
@@ -146,7 +130,7 @@ def inject(meta, state, z, out, P: tl.constexpr, T: tl.constexpr, G: tl.constexp
     do_not_specialize_on_alignment=ANYWHERE,
 )
 def sweep(
-    tensors, levels, chunks, meta, hidden, injected, raw, partials, grad_scale, found_inf, flags,
+    tensors, levels, chunks, meta, hidden, packed, raw, partials, grad_scale, found_inf, flags,
     tensors_total, chunks_total, programs, chunk, sign, seed_low, seed_high,
     PARAM: tl.constexpr, PLANES: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     S: tl.constexpr, BLOCK: tl.constexpr, TENSORS: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -154,18 +138,20 @@ def sweep(
 ):  # fmt: skip
     """New planes, raw steps, and sums of every chunk: new h, features, d^2, new log rate.
 
-    `sign` is -1 to maximize. `injected` is scratch, 3 P numbers a program. `seed_low` and
+    `sign` is -1 to maximize. `packed` is scratch, for the weights of each program. `seed_low` and
     `seed_high` are int32; with STOCHASTIC they seed the rounding of the planes.
     """
     F: tl.constexpr = 3 * S
     SUMS: tl.constexpr = P + F + 2
-    LANES: tl.constexpr = cells.padded(SUMS)
     WIDTH: tl.constexpr = F + P
-    gates = meta + cells.offset("param_gates", P, T, G, S)
-    candidate = meta + cells.offset("param_candidate", P, T, G, S)
+    PADDED: tl.constexpr = cells.padded(SUMS)
+    LANES: tl.constexpr = parameters.lanes_of(BLOCK)
+    ROW: tl.constexpr = parameters.packed("row", P, S)
     program = tl.program_id(0)
-    own = injected + program * (3 * P)
-    sum_index = tl.arange(0, LANES)
+    own = packed + program * parameters.packed("all", P, S)
+    readouts = own + parameters.packed("readouts", P, S)
+    parameters.pack(meta, own, P, T, G, S)
+    sum_index = tl.arange(0, PADDED)
     known = tl.full((), -1, tl.int64)
     mean = tl.full((), 0.0, tl.float32)
     for number in range(program, chunks_total, programs):
@@ -181,84 +167,64 @@ def sweep(
                 tensors, levels, flags, problem, tensors_total, T, TENSORS, HAS_FLAGS
             )
             known = problem
+        biases = injected_biases(meta, state_of(levels, tensor), hidden + problem * G, P, T, G, S)
         # The biases of the chunk before are read to the end before these replace them.
         tl.debug_barrier()
-        inject(meta, state_of(levels, tensor), hidden + problem * G, own, P, T, G, S)
+        row = tl.arange(0, cells.padded(3 * P))
+        tl.store(own + row * ROW + WIDTH, biases, row < 3 * P)
         tl.debug_barrier()
         end = tl.minimum(first + chunk, numel)
         if left_alone(tensor, found_inf, flags, HAS_FOUND_INF, HAS_FLAGS) != 0:
             end = first
-        sums = tl.zeros((LANES,), tl.float32)
+        totals = tl.zeros((PADDED,), tl.float32)
+        # Of features, d^2 and log rate; a loop over units cannot index those of the new h.
+        sums = ()
+        for _place in tl.static_range(F + 2):
+            sums = sums + (tl.zeros((LANES,), tl.float32),)  # noqa: RUF005
         for start in range(first, end, BLOCK):
             lanes = start + tl.arange(0, BLOCK)
             valid = lanes < end
-            grad = tl.load(grad_ptr + lanes, valid, 0.0).to(tl.float32)
-            if HAS_SCALE:
-                grad = tl.div_rn(grad, tl.load(grad_scale))
-                tl.store(grad_ptr + lanes, grad.to(PARAM), valid)
-            grad *= sign
             base = lanes
             if STOCHASTIC:
                 base = rounding_base(seed_low, seed_high, tensor, lanes)
-            h = load_rows(planes, numel, lanes, valid, P)
-            averages = load_rows(planes + P * numel, numel, lanes, valid, S)
-            squares = load_rows(planes + (P + S) * numel, numel, lanes, valid, S)
-            rate_ptr = planes + (P + 2 * S) * numel + lanes
-            log_rate = tl.load(rate_ptr, valid, 0.0).to(tl.float32)
-            # Decays are 0 in a tensor's first step.
-            beta = sigmoid(dot(
-                meta + cells.offset("average_decay", P, T, G, S),
-                meta + cells.offset("average_decay_bias", P, T, G, S), h, P,
-            ))  # fmt: skip
-            beta_l = sigmoid(dot(
-                meta + cells.offset("square_decay", P, T, G, S),
-                meta + cells.offset("square_decay_bias", P, T, G, S), h, P,
-            ))  # fmt: skip
-            beta = tl.where(taken == 0.0, 0.0, beta)
-            beta_l = tl.where(taken == 0.0, 0.0, beta_l)
-            averages, squares, scaled, x = features(
-                grad, averages, squares, log_rate - mean, beta, beta_l, S
-            )
+            x, h, log_rate, d = enter_tile(
+                grad_ptr, planes, numel, lanes, valid, taken, mean, readouts, grad_scale, sign,
+                base, PARAM, PLANES, P, S, HAS_SCALE, STOCHASTIC,
+            )  # fmt: skip
             # The loop over units is rolled from here on: written out it compiles for minutes.
             reset = ()
             for k in tl.static_range(P):
-                r = gate(gates + k * WIDTH, own + k, x, h, P, F)
+                r, _ = parameters.gate(own + k * ROW, x + h, WIDTH)
                 reset = reset + (h[k] / (1.0 + bounded_exp(-r)),)  # noqa: RUF005
-            d = tl.zeros((BLOCK,), tl.float32)
-            for s in tl.static_range(S):
-                d += scaled[s] * tl.load(meta + cells.offset("shortcut", P, T, G, S) + s)
-            eta = log_rate + tl.load(meta + cells.offset("rate_bias", P, T, G, S))
+            eta = log_rate + tl.load(readouts + 2 * P + S)
             for unit in range(P):
-                u = gate(gates + (P + unit) * WIDTH, own + P + unit, x, h, P, F)
-                c = gate(candidate + unit * WIDTH, own + 2 * P + unit, x, reset, P, F)
+                at = own + (P + unit) * ROW
+                u, direction = parameters.gate(at, x + h, WIDTH)
+                c, of_rate = parameters.gate(at + P * ROW, x + reset, WIDTH)
                 h_ptr = planes + unit * numel + lanes
-                new = cells.gru_state(u, c, tl.load(h_ptr, valid, 0.0).to(tl.float32))
+                new = cells.unit_state(u, c, tl.load(h_ptr, valid, 0.0).to(tl.float32))
                 tl.store(h_ptr, rounded(new, base, unit, False, PLANES, STOCHASTIC), valid)
-                d += new * tl.load(meta + cells.offset("direction", P, T, G, S) + unit)
-                eta += new * tl.load(meta + cells.offset("rate", P, T, G, S) + unit)
+                d += new * direction
+                eta += new * of_rate
                 total = tl.sum(tl.where(valid, new, 0.0), 0)
-                sums += tl.where(sum_index == unit, total, 0.0)
+                totals += tl.where(sum_index == unit, total, 0.0)
             eta = tl.minimum(eta, 33.0, propagate_nan=tl.PropagateNan.ALL)
             eta = tl.maximum(eta, -33.0, propagate_nan=tl.PropagateNan.ALL)
-            away = tl.load(meta + cells.offset("log_rate_offset", P, T, G, S))
-            tl.store(raw_ptr + lanes, tl.exp(eta + away) * d, valid)
-            kept = sigmoid(tl.load(meta + cells.offset("rate_momentum", P, T, G, S)))
+            tl.store(raw_ptr + lanes, tl.exp(eta + tl.load(readouts + 4 * P + S + 4)) * d, valid)
+            kept = sigmoid(tl.load(readouts + 4 * P + S + 3))
             log_rate = eta + kept * (log_rate - eta)
             stored = rounded(log_rate, base, P + 2 * S, False, PLANES, STOCHASTIC)
-            tl.store(rate_ptr, stored, valid)
-            for s in tl.static_range(S):
-                stored = rounded(averages[s], base, P + s, False, PLANES, STOCHASTIC)
-                tl.store(planes + (P + s) * numel + lanes, stored, valid)
-                stored = rounded(squares[s], base, P + S + s, False, PLANES, STOCHASTIC)
-                tl.store(planes + (P + S + s) * numel + lanes, stored, valid)
-            for k in tl.static_range(F):
-                total = tl.sum(tl.where(valid, x[k], 0.0), 0)
-                sums += tl.where(sum_index == P + k, total, 0.0)
-            total = tl.sum(tl.where(valid, d * d, 0.0), 0)
-            sums += tl.where(sum_index == P + F, total, 0.0)
-            total = tl.sum(tl.where(valid, log_rate, 0.0), 0)
-            sums += tl.where(sum_index == P + F + 1, total, 0.0)
-        tl.store(partials + number * SUMS + sum_index, sums, sum_index < SUMS)
+            tl.store(planes + (P + 2 * S) * numel + lanes, stored, valid)
+            added = x + (d * d, log_rate)  # noqa: RUF005
+            new_sums = ()
+            for k in tl.static_range(F + 2):
+                total = tl.where(valid, added[k], 0.0)
+                total = tl.sum(tl.reshape(total, (BLOCK // LANES, LANES)), 0)
+                new_sums = new_sums + (sums[k] + total,)  # noqa: RUF005
+            sums = new_sums
+        for k in tl.static_range(F + 2):
+            totals += tl.where(sum_index == P + k, tl.sum(sums[k], 0), 0.0)
+        tl.store(partials + number * SUMS + sum_index, totals, sum_index < SUMS)
 
 
 @triton.jit(do_not_specialize=["chunks_total"], do_not_specialize_on_alignment=ANYWHERE)

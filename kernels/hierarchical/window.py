@@ -147,7 +147,7 @@ class Window:
         flagged = {"HAS_FOUND_INF": False, "HAS_FLAGS": False}
         raw, sums, inverse_rms = replay.raw[place], replay.sums[place], replay.inverse_rms[place]
         step_kernels.sweep[(programs,)](
-            tensors, levels, plan.chunks, meta, hidden, plan.injected, raw, sums, meta, meta,
+            tensors, levels, plan.chunks, meta, hidden, plan.packed, raw, sums, meta, meta,
             plan.flags, count, chunks, programs, config.chunk, 1.0, 0, 0, PARAM=tl.float32,
             PLANES=tl.float32, BLOCK=config.block, TENSORS=config.tensors, HAS_SCALE=False,
             STOCHASTIC=False, num_warps=config.warps, enable_fp_fusion=True, **sizes, **flagged,

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..lstm.cells import number
 from . import cells
-from .step_kernels import ANYWHERE, inject, mean_log_rate, state_of
+from .step_kernels import ANYWHERE, injected_biases, mean_log_rate, state_of
 from .window_sweep import down, place, row
 from .window_tile import add_gradients, backward_tile, forward_tile
 
@@ -174,10 +174,9 @@ def levels_backward(
     own_down = down_rows + tensor * down("all", P, S)
     d_means = cells.load_vector(d_xh, X, LANES) * tl.div_rn(1.0, numel.to(tl.float32))
     tl.store(own_down + lane, d_means, lane < X)
-    inject(
-        meta, state_of(levels, tensor), hidden + problem * G, own_down + down("biases", P, S),
-        P, T, G, S,
-    )  # fmt: skip
+    biases = injected_biases(meta, state_of(levels, tensor), hidden + problem * G, P, T, G, S)
+    row_index = tl.arange(0, cells.padded(3 * P))
+    tl.store(own_down + down("biases", P, S) + row_index, biases, row_index < 3 * P)
     product = tl.sum(cells.chunk_sums(products, levels, tensor, 1, 1, ROWS), 0)
     root = tl.load(inverse_rms + tensor)
     rates = own_down + down("rates", P, S)

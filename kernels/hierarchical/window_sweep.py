@@ -21,7 +21,8 @@ import triton.language as tl
 from ..lstm.cells import sigmoid
 from ..lstm.step_kernels import load_rows
 from . import cells
-from .step_kernels import LOG_RATE_LIMIT, RMS_EPS, SQUARE_EPS, features
+from .parameters import features
+from .step_kernels import LOG_RATE_LIMIT, RMS_EPS, SQUARE_EPS
 
 
 @triton.constexpr_function
