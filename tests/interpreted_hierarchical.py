@@ -14,6 +14,7 @@ from fastl2o import HierarchicalRule, LearnedOptimizer
 from kernels.hierarchical.config import StepConfig
 from kernels.hierarchical.parameters import packed
 from tests.optimizers import run_steps, snapshot
+from tests.test_hierarchical_huge_gradients import huge_gradients_count_as_the_limit
 from tests.test_hierarchical_ops import (
     Problem,
     close,
@@ -128,6 +129,10 @@ def test_planes_are_rounded_by_the_bits_of_the_reference() -> None:
 
 def test_problems_of_one_call_are_apart() -> None:
     problems_are_apart("triton")
+
+
+def test_huge_gradients_count_as_the_limit() -> None:
+    huge_gradients_count_as_the_limit("triton")
 
 
 def test_skipped_tensors_take_no_part() -> None:

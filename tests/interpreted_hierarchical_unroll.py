@@ -11,7 +11,10 @@ import fastl2o
 from fastl2o import HierarchicalRule, meta, ops
 from kernels.hierarchical.config import WindowConfig
 from tests import gpu_common
-from tests.test_hierarchical_ops import window_gradient_is_that_of_autograd
+from tests.test_hierarchical_huge_gradients import huge_gradients_leave_a_window_finite
+from tests.test_hierarchical_ops import (
+    window_gradient_is_that_of_autograd,
+)
 from tests.test_hierarchical_rule import make
 
 # Where the ops have it from: kernels.hierarchical.window is another module of the same file.
@@ -43,6 +46,10 @@ def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "window_config", lambda *sizes: asked.append(sizes) or config)
     window_gradient_is_that_of_autograd(3, True, 0, "triton")
     assert asked
+
+
+def test_huge_gradients_leave_a_window_finite() -> None:
+    huge_gradients_leave_a_window_finite("triton")
 
 
 def test_empty_windows() -> None:

@@ -264,8 +264,8 @@ def test_nan_and_infinity_go_where_the_reference_puts_them() -> None:
         _, exact = make_rule().reference_step([g.double() for g in before.grads], state)
     assert torch.equal(after.planes[0].isnan(), plain.planes[0].isnan())
     assert torch.equal(after.planes[0].isinf(), plain.planes[0].isinf())
-    # Squares that overflow float32 do not overflow float64.
-    finite = torch.isfinite(plain.planes[0]) & torch.isfinite(exact.planes[0])
+    finite = torch.isfinite(exact.planes[0])
+    assert finite.sum() >= finite.numel() - len(finite)  # infinity counts as the largest gradient
     results = [planes[0][finite] for planes in (after.planes, plain.planes, exact.planes)]
     common.assert_as_accurate(*results)
 

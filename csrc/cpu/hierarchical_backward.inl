@@ -93,7 +93,7 @@ struct Panel {
       }
       store(average_decay + o, both[0]);
       store(square_decay + o, both[1]);
-      const Vec g = load(grad + o);
+      const Vec g = bounded_gradient(load(grad + o));
       Vec log_sum = {};
       for (int s = 0; s < S; ++s) {
         const int row = s * kPanel + o;

@@ -22,7 +22,7 @@ void features_backward(float* d_centred) const {
     Vec mean = {}, d_square_decay = {}, d_average_decay = {};
     for (int s = 0; s < S; ++s) mean = mean + d_feature(2 * S - 1 + s, o);
     mean = mean * (1.0f / float(S));
-    const Vec g = load(grad + o), kept = load(square_decay + o);
+    const Vec g = bounded_gradient(load(grad + o)), kept = load(square_decay + o);
     float power = 1.0f;
     for (int s = 0; s < S; ++s, power *= 0.5f) {
       const int row = s * kPanel + o;

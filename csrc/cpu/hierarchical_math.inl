@@ -1,5 +1,10 @@
 // Elementary functions of the hierarchical rule on Vec.
 
+// NaN for NaN.
+FASTL2O_INLINE Vec bounded_gradient(Vec x) {
+  return maximum(splat(-kGradientLimit), minimum(splat(kGradientLimit), x));
+}
+
 // exp of |x| up to 87, by 2^n e^r with ln 2 in two parts: relative error about 1e-7.
 FASTL2O_INLINE Vec exp_vec(Vec x) {
   Vec n, r;

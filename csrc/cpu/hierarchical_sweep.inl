@@ -109,7 +109,7 @@ struct SweepTile {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const int o = v * kWidth;
-        const Vec g = load(grad + o);
+        const Vec g = bounded_gradient(load(grad + o));
         const Vec a = fma(average_decay[v], load(average + o) - g, g);
         const Vec fresh = fma(a, a, splat(kSquareEps));
         const Vec q = fma(square_decay[v], load(square + o) - fresh, fresh);

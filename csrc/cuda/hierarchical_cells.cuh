@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cells.cuh"
+#include "hierarchical_config.h"
 
 namespace fastl2o::cuda {
 
@@ -84,6 +85,11 @@ __device__ __forceinline__ float exp_accurate(float x) {
   const float low = fmaf(x, kLog2E, -high) + x * 1.92596303e-8f;
   const float y = exp2_approx(high);
   return fmaf(y, kLn2 * low, y);
+}
+
+// NaN for NaN.
+__device__ __forceinline__ float bounded_gradient(float x) {
+  return at_most(at_least(x, -kGradientLimit), kGradientLimit);
 }
 
 // The share of the old value and the rest of the new one: a difference of the two would make NaN of

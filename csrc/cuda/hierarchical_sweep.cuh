@@ -127,6 +127,7 @@ struct SweepTile {
         if (inside(j)) store_element(grad, dtype, at + 32 * j, g[j]);
       }
       if (args.maximize) g[j] = -g[j];
+      g[j] = bounded_gradient(g[j]);
     }
   }
 

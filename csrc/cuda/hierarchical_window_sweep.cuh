@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
                  shared.tile[warp],
                  args.before + planes + at,
                  args.d_rows + planes + at,
-                 args.grads[grads + at],
+                 bounded_gradient(args.grads[grads + at]),
                  inside ? args.lr * args.adjoint[grads + at] : 0.0f,
                  entry.numel,
                  first_step,

@@ -13,6 +13,8 @@ inline constexpr int kMaxFeatures = 3 * kMaxScales;
 inline constexpr float kRmsEps = 1e-16f;
 inline constexpr float kSquareEps = 1e-12f;
 inline constexpr float kLogRateLimit = 33.0f;
+// What larger gradients count as: no square overflows.
+inline constexpr float kGradientLimit = 1e11f;
 
 struct HierarchicalConfig {
   int param_size = 10;

@@ -10,6 +10,9 @@ from ._base import Weights
 RMS_EPS = 1e-16
 SQUARE_EPS = 1e-12
 LOG_RATE_LIMIT = 33.0
+# What larger gradients count as. Even over the root of RMS_EPS alone the square of an average is
+# 1e38, which float32 holds; decays that round to 1 leave no more than that.
+GRADIENT_LIMIT = 1e11
 
 
 class GRUCell(nn.Module):
@@ -81,6 +84,7 @@ def features(
     The inputs with s = 4: m_0 .. m_3; m_0 m_1, m_1 m_2, m_2 m_3; four log squares minus their mean;
     the centred log rate.
     """
+    gradient = gradient.clamp(-GRADIENT_LIMIT, GRADIENT_LIMIT)
     averages = betas * averages + (1 - betas) * gradient
     squares = beta_l * squares + (1 - beta_l) * (averages * averages + SQUARE_EPS)
     scaled = asinh(averages / torch.sqrt(squares + RMS_EPS))

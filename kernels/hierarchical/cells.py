@@ -56,6 +56,13 @@ def padded(size):
 
 
 @triton.jit
+def bounded_gradient(g):
+    """The gradient held within +-1e11, so that no square overflows; NaN for NaN."""
+    g = tl.minimum(g, 1e11, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(g, -1e11, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def asinh(x):
     """asinh, accurate relative to x near 0; NaN for NaN."""
     a = tl.abs(x)

@@ -24,6 +24,7 @@ def features(
 ):  # fmt: skip
     """New averages and squares, the scaled averages m and the 3 S inputs, as tuples."""
     scaled, logs, new_averages, new_squares = (), (), (), ()
+    grad = cells.bounded_gradient(grad)
     total = tl.zeros_like(grad)
     for s in tl.static_range(S):
         average = grad + beta * (averages[s] - grad)

@@ -258,7 +258,7 @@ def features_backward(
     for s in tl.static_range(S):
         mean += d_x[2 * S - 1 + s]
     mean *= 1.0 / S
-    g = tl.load(grad + lane, valid, 0.0)
+    g = cells.bounded_gradient(tl.load(grad + lane, valid, 0.0))
     d_direction = tl.load(signals)
     decays = work + row("decays", P, S) * BLOCK + lane
     beta, beta_l = tl.load(decays), tl.load(decays + BLOCK)
