@@ -227,13 +227,10 @@ void hierarchical_finish_(const TensorList& params, const TensorList& tensor_sta
                                     mutable_floats(raw));
 }
 
-std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
-                                                        Tensor meta, Tensor loss_weights,
-                                                        int64_t steps, std::vector<int64_t> sizes,
-                                                        int64_t param_size, int64_t tensor_size,
-                                                        int64_t global_size, int64_t num_scales,
-                                                        double lr, double weight_decay,
-                                                        std::optional<Tensor> d_updates) {
+std::tuple<Tensor, Tensor> hierarchical_unroll_backward(
+    Tensor grads, Tensor state, int64_t step, Tensor meta, Tensor loss_weights, int64_t steps,
+    std::vector<int64_t> sizes, int64_t param_size, int64_t tensor_size, int64_t global_size,
+    int64_t num_scales, double lr, double weight_decay, std::optional<Tensor> d_updates) {
   const HierarchicalConfig config =
       checked_config(meta, param_size, tensor_size, global_size, num_scales);
   check_floats(grads, "grads");

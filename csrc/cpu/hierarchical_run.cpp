@@ -112,8 +112,8 @@ void RunBackward::replay(int64_t segment) {
   }
 }
 
-// d_update <- what is given, or lr a_{t+1} with a_t = w_t g_t + (1 - lr wd) a_{t+1}, and its products with the steps'
-// directions: mean(y' y) = - sum of d_update raw_step / (n rms).
+// d_update <- what is given, or lr a_{t+1} with a_t = w_t g_t + (1 - lr wd) a_{t+1}, and its
+// products with the steps' directions: mean(y' y) = - sum of d_update raw_step / (n rms).
 void RunBackward::advance_adjoint(int64_t t) {
   const float keep = float(1.0 - args_.lr * args_.weight_decay), lr = float(args_.lr);
   const bool recorded = t + 1 < args_.rows, last = t + 1 == args_.steps;

@@ -133,13 +133,10 @@ void hierarchical_step_(std::vector<Tensor> params, std::vector<Tensor> grads,
     check_finite(call, options.nonfinite_flags, int64_t(count));
 }
 
-std::tuple<Tensor, Tensor> hierarchical_unroll_backward(Tensor grads, Tensor state, int64_t step,
-                                                        Tensor meta, Tensor loss_weights,
-                                                        int64_t steps, std::vector<int64_t> sizes,
-                                                        int64_t param_size, int64_t tensor_size,
-                                                        int64_t global_size, int64_t num_scales,
-                                                        double lr, double weight_decay,
-                                                        std::optional<Tensor> d_updates) {
+std::tuple<Tensor, Tensor> hierarchical_unroll_backward(
+    Tensor grads, Tensor state, int64_t step, Tensor meta, Tensor loss_weights, int64_t steps,
+    std::vector<int64_t> sizes, int64_t param_size, int64_t tensor_size, int64_t global_size,
+    int64_t num_scales, double lr, double weight_decay, std::optional<Tensor> d_updates) {
   const HierarchicalConfig config = make_config(param_size, tensor_size, global_size, num_scales);
   const Call call(meta, unsupported(config), HierarchicalLayout(config).total);
   call.check(grads, ScalarType::Float, "grads");
