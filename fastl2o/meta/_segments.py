@@ -52,9 +52,7 @@ class _Upstream:
     """What the backward pass of a segment hands to the segment before."""
 
     d_state: Tensor  # of the state where the segment began
-    adjoint: (
-        Tensor  # (R, D): of its first parameters; of the next ones where f's gradients are others
-    )
+    adjoint: Tensor  # (R, D): of its first parameters, or of the next if f has own gradients
     grads: Tensor  # (R, D): that the rule saw first, which the replay must end with
 
 
