@@ -103,9 +103,8 @@ def test_teacher_looks_ahead_and_leaves_out_steps_against_the_gradient(
     )
     grads = torch.randn(12, 1, 5, generator=seeded(), dtype=F64)
     moments = torch.zeros(2, 1, 5, dtype=F64)
-    taught = torch.stack(
-        [imitation._adam_step(g, moments, t) for t, g in enumerate(grads, 1)]
-    ).squeeze(1)
+    steps = [imitation.adam_step(g, moments, t) for t, g in enumerate(grads, 1)]
+    taught = torch.stack(steps).squeeze(1)
     expected = torch.tensor([ahead(imitation, g.tolist()) for g in grads.squeeze(1).T], dtype=F64)
     torch.testing.assert_close(taught, expected.T, rtol=1e-12, atol=0)
     assert bool((taught == 0).any()) == cautious

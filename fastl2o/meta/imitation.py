@@ -161,7 +161,7 @@ class Imitation:
         # On Adam's path the state is advanced by the misfit's own evaluation of the rule.
         state = lesson.of(progress.state).clone() if lesson.own_path else progress.state
         for t in range(steps):
-            target = self._adam_step(progress.grads, lesson.moments, progress.step + t + 1)
+            target = self.adam_step(progress.grads, lesson.moments, progress.step + t + 1)
             grads.append(lesson.of(progress.grads))
             targets.append(lesson.of(target))
             if lesson.own_path:
@@ -181,7 +181,18 @@ class Imitation:
         progress.losses = losses[-1].clone()
         return MetaGradient(misfit, gradient, torch.stack(losses))
 
-    def _adam_step(self, grads: Tensor, moments: Tensor, count: int) -> Tensor:
+    def adam_step(self, grads: Tensor, moments: Tensor, count: int) -> Tensor:
+        """Adam's step, of the shape of ``grads``, at its step number ``count`` = 1, 2, ...
+
+        Args:
+            grads: any shape.
+            moments: Adam's two, ``(2, *grads.shape)``, zero at first; advanced in place.
+
+        Example:
+            >>> grads, moments = torch.tensor([2.0, -0.5]), torch.zeros(2, 2)
+            >>> Imitation(lr=0.01).adam_step(grads, moments, 1)
+            tensor([-0.0100,  0.0100])
+        """
         beta1, beta2 = self.betas
         moments[0].lerp_(grads, 1 - beta1)
         moments[1].lerp_(grads.square(), 1 - beta2)
