@@ -233,9 +233,9 @@ def gru_backward(weights, d_weights, write, xh, injected, d_next, d_xh, d_bias, 
     h = tl.load(xh + inputs + unit, valid, 0.0)
     d = tl.load(d_next + unit, valid, 0.0)
     biases, own = weights + bias + unit, injected + unit
-    r = tl.sum(of_r * both[None, :], 1)
+    r = tl.sum(times(of_r, both[None, :]), 1)
     r += tl.load(biases, valid, 0.0) + tl.load(own, valid, 0.0)
-    u = tl.sum(of_u * both[None, :], 1)
+    u = tl.sum(times(of_u, both[None, :]), 1)
     u += tl.load(biases + hidden, valid, 0.0) + tl.load(own + hidden, valid, 0.0)
     # r h and its gradient change from rows to columns and back through memory.
     tl.store(d_xh + inputs + unit, h / (1.0 + bounded_exp(-r)), valid)
@@ -243,11 +243,11 @@ def gru_backward(weights, d_weights, write, xh, injected, d_next, d_xh, d_bias, 
     of_reset = column >= inputs
     reset = tl.load(d_xh + column, of_reset & (column < width), 0.0)
     reset = tl.where(of_reset, reset, both)
-    c = tl.sum(of_c * reset[None, :], 1)
+    c = tl.sum(times(of_c, reset[None, :]), 1)
     c += tl.load(weights + candidate + hidden * width + unit, valid, 0.0)
     c += tl.load(own + 2 * hidden, valid, 0.0)
     d_u, d_c, through = gate_derivatives(u, c, h, d)
-    d_both = tl.sum(of_c * d_c[:, None], 0)
+    d_both = tl.sum(times(of_c, d_c[:, None]), 0)
     tl.debug_barrier()
     tl.store(d_xh + column, d_both, column < width)
     tl.debug_barrier()
@@ -256,7 +256,7 @@ def gru_backward(weights, d_weights, write, xh, injected, d_next, d_xh, d_bias, 
     tl.store(d_xh + inputs + unit, d_h + through, valid)
     tl.debug_barrier()
     d_both = tl.where(of_reset, tl.load(d_xh + column, column < width, 0.0), d_both)
-    d_both += tl.sum(of_r * d_r[:, None], 0) + tl.sum(of_u * d_u[:, None], 0)
+    d_both += tl.sum(times(of_r, d_r[:, None]), 0) + tl.sum(times(of_u, d_u[:, None]), 0)
     tl.debug_barrier()
     tl.store(d_xh + column, d_both, column < width)
     for part in tl.static_range(3):
