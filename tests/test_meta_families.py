@@ -11,7 +11,6 @@ from fastl2o.meta.recipe import RecipeError, build_trainer, parse_recipe
 from fastl2o.meta.tasks import (
     Quadratic,
     RandomMLP,
-    SparseGradients,
     Task,
     TensorScaling,
     WeightNormalization,
@@ -84,7 +83,6 @@ def test_reparametrised_tasks_are_held_out_as_they_are() -> None:
     task = small_mlp()
     for wrapped in (WeightNormalization(task), TensorScaling(task)):
         assert repr(wrapped.held_out()) == repr(task.held_out())
-    assert WeightNormalization(SparseGradients(task, 0.5)).sample(1, seeded()).gradient_share == 0.5
 
 
 def flat(lists: dict[str, list[Task]]) -> list[Task]:

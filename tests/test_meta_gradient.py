@@ -11,7 +11,9 @@ from torch import Tensor
 import fastl2o
 from fastl2o import meta
 from fastl2o.meta.tasks import (
+    Bowl,
     GradientNoise,
+    LogObjective,
     MLPClassification,
     Quadratic,
     RandomMLP,
@@ -23,6 +25,7 @@ from fastl2o.meta.tasks import (
     Task,
     TaskRun,
     VmapRun,
+    WeightNormalization,
     WithConvex,
 )
 from fastl2o.rules import HierarchicalRule, Rule
@@ -246,23 +249,56 @@ def test_rules_see_the_gradients_that_a_task_changes_and_meta_gradients_do_not(
     assert_near(results[1].gradient, results[0].gradient, 1e-10)
 
 
-def test_gaps_in_gradients_are_made_up_for_in_the_mean() -> None:
-    """Of a task around one with gaps, whose own gradients are not asked for, the fused gradient
-    is autograd's up to its spread."""
-    rule, runs = CASES[0].make(F64), 4000
-    task = Rescaled(SparseGradients(Quadratic(dim=4), 0.8), 2.0)
-    means, deviations = [], []
-    for path in ("fused", "autograd"):
-        parts = []
-        for seed in range(8):
-            run = task.sample(runs // 8, seeded(seed), F64)
-            estimator = meta.TruncatedBPTT(4, path=path)
-            parts.append(estimator.window(rule, meta.start(rule, run)).gradient)
-        means.append(torch.stack(parts).mean(0))
-        deviations.append(torch.stack(parts).std(0) / 8**0.5)
-    error = (means[0] - means[1]).norm()
-    assert error <= 4 * deviations[0].norm()
-    assert deviations[0].norm() <= 0.1 * means[1].norm()
+def in_a_sum(task: Task) -> Task:
+    return SumOf([task, LogObjective(Bowl())])
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda task: task,
+        WithConvex,
+        RandomScaling,
+        Rescaled,
+        LogObjective,
+        WeightNormalization,
+        in_a_sum,
+        lambda task: GradientNoise(WithConvex(task, num=3)),
+        lambda task: WithConvex(Rescaled(in_a_sum(WeightNormalization(task)))),
+    ],
+    ids=["itself", "convex", "scaled", "rescaled", "log", "normalized", "sum", "noise", "several"],
+)
+@pytest.mark.parametrize("change", [GradientNoise, SparseGradients, noisy_and_sparse])
+def test_tasks_around_others_know_the_gradients_without_noise_and_gaps(
+    change: Any, around: Any
+) -> None:
+    task = around(change(MLPClassification("digits", hidden=(3,), batch_size=4, init_scale=0.3)))
+    run = task.sample(2, seeded(), F64)
+    params = (run.params + 0.1).requires_grad_()
+    batch = run.next_batch()
+    losses = run.losses(params, batch)
+    (expected,) = torch.autograd.grad(losses.sum(), params)
+    with torch.no_grad():
+        found, seen, own = run.loss_and_grads(params.detach(), batch)
+        again = run.loss_and_grad(params.detach(), batch)
+    assert run.changes_gradients
+    assert_near(found, losses.detach(), 1e-12)
+    assert_near(own, expected, 1e-12)
+    assert torch.equal(seen, again[1])
+    assert (seen - own).norm() > 0.1 * own.norm()
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("around", [WithConvex, in_a_sum, Rescaled])
+def test_meta_gradients_of_tasks_around_others_are_without_noise_and_gaps(
+    around: Any, segments: int
+) -> None:
+    rule, task = CASES[0].make(F64), around(noisy_and_sparse(Quadratic(dim=4)))
+    expected = meta.TruncatedBPTT(7, "log", path="autograd")
+    fused = meta.TruncatedBPTT(7, "log", segments=segments)
+    results = [each.window(rule, begin(rule, task)) for each in (fused, expected)]
+    assert_near(results[0].losses, results[1].losses, 1e-12)
+    assert_near(results[0].gradient, results[1].gradient, 1e-10)
 
 
 def test_unroll_gradient_names_the_parameters_and_leaves_the_rule_alone() -> None:

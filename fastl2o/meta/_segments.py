@@ -150,9 +150,9 @@ class SegmentedWindow:
             first = adjoints[0].clone()
             upstream["d_updates"] = adjoints.mul_(self._lr)
         else:
-            weights = weights / run.gradient_share
             if later is not None:
                 # In the place of the last gradient, which the later segment counted.
+                weights = weights.clone()
                 grads[-1], weights[-1] = later.adjoint, 1.0
             upstream["loss_weights"] = weights
         if later is not None:

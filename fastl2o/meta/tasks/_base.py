@@ -75,13 +75,8 @@ class TaskRun(ABC):
         return (self.dim,)
 
     @property
-    def gradient_share(self) -> float:
-        """The share of the losses' gradient that ``loss_and_grad`` gives in the mean."""
-        return 1.0
-
-    @property
     def changes_gradients(self) -> bool:
-        """Whether ``loss_and_grads`` knows the losses' gradients better than ``loss_and_grad``."""
+        """Whether the gradients of ``loss_and_grad`` are others than the losses' own."""
         return False
 
     def next_batch(self) -> Batch:
@@ -115,14 +110,12 @@ class TaskRun(ABC):
         """Losses ``(R,)`` and gradients ``(R, D)`` at ``params (R, D)``, without a graph."""
 
     def loss_and_grads(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``loss_and_grad``, and the losses' gradients ``(R, D)`` as they are.
+        """As ``loss_and_grad``, and the losses' own gradients ``(R, D)``.
 
-        The latter are without noise and gaps where ``changes_gradients``, else with the gaps made
-        up for in the mean.
+        The latter are without noise and gaps; they are the former unless ``changes_gradients``.
         """
         losses, grads = self.loss_and_grad(params, batch)
-        share = self.gradient_share
-        return losses, grads, grads if share == 1.0 else grads / share
+        return losses, grads, grads
 
     def loss_and_grad_at(self, points: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``(K, R)`` and gradients ``(K, R, D)`` at K points of each run, on one batch.

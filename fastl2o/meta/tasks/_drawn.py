@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._checks import check_choice, check_num_runs
 from .._draws import as_range, draw_log_uniform
-from ._base import Batch, Task, TaskRun
+from ._base import Task, TaskRun
 from ._data import data_name
 from ._images import ImageTask
 from ._mlp import ACTIVATIONS, MLPClassification, check_init_scale
-from ._transforms import WrappedRun, check_task
+from ._transforms import TransformedRun, check_task
 
 __all__ = ["DrawnBatchSize", "DrawnMLP", "DrawnTask"]
 
 Draw = dict[str, Any]
 
 
-class _DrawnRun(WrappedRun):
+class _DrawnRun(TransformedRun):
     """A run of the task that was drawn; its state holds the draw, so that any run can take it."""
 
     def __init__(self, family: DrawnTask, draw: Draw, inner: TaskRun) -> None:
@@ -32,12 +31,6 @@ class _DrawnRun(WrappedRun):
 
     def held_out(self, generator: torch.Generator) -> TaskRun:
         return self.inner.held_out(generator)
-
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return self.inner.losses(params, batch)
-
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.inner.loss_and_grad(params, batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"draw": dict(self.draw), "inner": self.inner.state_dict()}

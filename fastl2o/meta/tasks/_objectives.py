@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._checks import check_number
 from ._base import Batch, Task, TaskRun, fork_generator
-from ._transforms import WrappedRun, check_task, load_parts
+from ._transforms import TransformedRun, check_task, load_parts
 
 __all__ = ["GradientNoise", "LogObjective", "Rescaled", "SparseGradients", "SumOf"]
 
@@ -23,7 +23,7 @@ __all__ = ["GradientNoise", "LogObjective", "Rescaled", "SparseGradients", "SumO
 _LOG_FLOOR = 1e-6
 
 
-class _ChangedRun(WrappedRun):
+class _ChangedRun(TransformedRun):
     """A run of another's parameters, changed by ``amount``."""
 
     def __init__(self, inner: TaskRun, generator: torch.Generator, amount: float = 0.0) -> None:
@@ -71,10 +71,6 @@ class _NoisyRun(_ChangedGradientRun):
 
 
 class _SparseRun(_ChangedGradientRun):
-    @property
-    def gradient_share(self) -> float:
-        return (1.0 - self.amount) * self.inner.gradient_share
-
     def next_batch(self) -> Batch:
         kept = torch.rand(self.params.shape, generator=self.generator) >= self.amount
         return (kept, *self.inner.next_batch())
@@ -148,13 +144,10 @@ class SparseGradients(_Wrapper):
 
 
 class _LogRun(_ChangedRun):
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return torch.log(self.inner.losses(params, batch) + _LOG_FLOOR) - math.log(_LOG_FLOOR)
-
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses, grads = self.inner.loss_and_grad(params, batch)
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         shifted = losses + _LOG_FLOOR
-        return torch.log(shifted) - math.log(_LOG_FLOOR), grads / shifted.unsqueeze(1)
+        logarithms = torch.log(shifted) - math.log(_LOG_FLOOR)
+        return (logarithms, *(grad / shifted.unsqueeze(1) for grad in grads))
 
 
 class LogObjective(_Wrapper):
@@ -174,12 +167,8 @@ class LogObjective(_Wrapper):
 
 
 class _RescaledRun(_ChangedRun):
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return self.inner.losses(params, batch) * self.amount
-
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses, grads = self.inner.loss_and_grad(params, batch)
-        return losses * self.amount, grads * self.amount
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (losses * self.amount, *(grad * self.amount for grad in grads))
 
 
 class Rescaled(_Wrapper):
@@ -214,14 +203,8 @@ class _SumRun(TaskRun):
         return tuple(tensor for part in self.parts for tensor in part.next_batch())
 
     @property
-    def gradient_share(self) -> float:
-        shares = {part.gradient_share for part in self.parts}
-        if len(shares) > 1:
-            raise ValueError(
-                f"the parts of a sum give {sorted(shares)} of their gradients; meta-train on it by "
-                "path='autograd', or make the sum of parts that are alike sparse"
-            )
-        return shares.pop()
+    def changes_gradients(self) -> bool:
+        return any(part.changes_gradients for part in self.parts)
 
     def full_batch(self) -> Batch:
         return tuple(tensor for part in self.parts for tensor in part.full_batch())
@@ -245,11 +228,16 @@ class _SumRun(TaskRun):
         return torch.stack([part.losses(piece, own) for part, piece, own in parts]).sum(dim=0)
 
     def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        results = [
-            part.loss_and_grad(piece, own) for part, piece, own in self._split(params, batch)
-        ]
+        parts = self._split(params, batch)
+        results = [part.loss_and_grad(piece, own) for part, piece, own in parts]
         losses, grads = zip(*results, strict=True)
         return torch.stack(losses).sum(dim=0), torch.cat(grads, dim=1)
+
+    def loss_and_grads(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self._split(params, batch)
+        results = [part.loss_and_grads(piece, own) for part, piece, own in parts]
+        losses, seen, of_losses = (list(each) for each in zip(*results, strict=True))
+        return torch.stack(losses).sum(dim=0), torch.cat(seen, dim=1), torch.cat(of_losses, dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "parts": [part.state_dict() for part in self.parts]}

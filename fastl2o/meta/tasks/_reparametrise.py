@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
-from ._base import Batch, Task, TaskRun, fork_generator
-from ._transforms import RandomScaling, WrappedRun, check_task
+from ._base import Task, TaskRun, fork_generator
+from ._transforms import RandomScaling, TransformedRun, check_task
 
 __all__ = ["TensorScaling", "WeightNormalization"]
 
@@ -38,7 +39,7 @@ class TensorScaling(RandomScaling):
         return torch.exp((2 * uniform - 1) * self.bound).repeat_interleave(sizes, dim=1)
 
 
-class _NormalizedRun(WrappedRun):
+class _NormalizedRun(TransformedRun):
     def __init__(self, inner: TaskRun, generator: torch.Generator) -> None:
         self._groups, self._count = _groups(inner)
         lengths = _lengths(inner.params, self._groups, self._count)
@@ -56,23 +57,18 @@ class _NormalizedRun(WrappedRun):
         super().load_state_dict(state)
         self._groups, self._count = _groups(self.inner)
 
-    def _inner_params(self, params: Tensor) -> Tensor:
+    def inner_params(self, params: Tensor) -> Tensor:
         direction, length = params.split([self.inner.dim, self._count], dim=1)
         factor = length / _lengths(direction, self._groups, self._count)
         return direction * torch.cat([factor, torch.ones_like(params[:, :1])], dim=1).index_select(
             1, self._groups
         )
 
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return self.inner.losses(self._inner_params(params), batch)
-
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = params.detach().requires_grad_()
-            inner_params = self._inner_params(leaf)
-        losses, inner_grads = self.inner.loss_and_grad(inner_params.detach(), batch)
-        (grads,) = torch.autograd.grad(inner_params, leaf, inner_grads)
-        return losses, grads
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        if not grads:
+            return (losses,)
+        pull = vjp(self.inner_params, params)[1]
+        return (losses, *(pull(grad)[0] for grad in grads))
 
 
 def _groups(run: TaskRun) -> tuple[Tensor, int]:

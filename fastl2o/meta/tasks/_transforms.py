@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import check_num_runs, check_number
 from ._base import Batch, Task, TaskRun, fork_generator
 
-__all__ = ["RandomScaling", "WithConvex", "WrappedRun", "check_task"]
+__all__ = ["RandomScaling", "TransformedRun", "WithConvex", "WrappedRun", "check_task"]
 
 
 class WrappedRun(TaskRun):
@@ -27,10 +27,6 @@ class WrappedRun(TaskRun):
     @property
     def tensor_sizes(self) -> tuple[int, ...]:
         return self.inner.tensor_sizes
-
-    @property
-    def gradient_share(self) -> float:
-        return self.inner.gradient_share
 
     def next_batch(self) -> Batch:
         return self.inner.next_batch()
@@ -79,16 +75,48 @@ def load_parts(
         raise
 
 
-class _ScaledRun(WrappedRun):
+class TransformedRun(WrappedRun):
+    """A run whose losses and gradients follow from the inner run's, noise and gaps included."""
+
+    @property
+    def changes_gradients(self) -> bool:
+        return self.inner.changes_gradients
+
+    def inner_params(self, params: Tensor) -> Tensor:
+        """Where the inner run stands, differentiable."""
+        return params
+
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        """The losses, differentiable, and a gradient for each of the inner run's ``grads``.
+
+        Gradients are transformed apart from each other and are not changed in place.
+        """
+        return (losses, *grads)
+
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        (losses,) = self.transform(params, self.inner.losses(self.inner_params(params), batch))
+        return losses
+
+    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = self.inner.loss_and_grad(self.inner_params(params), batch)
+        losses, grads = self.transform(params, *found)
+        return losses, grads
+
+    def loss_and_grads(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.inner.loss_and_grads(self.inner_params(params), batch)
+        losses, grads, own = self.transform(params, *found)
+        return losses, grads, own
+
+
+class _ScaledRun(TransformedRun):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(self.tensors, (self.inner.dim,))
 
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        return self.inner.losses(params * self.tensors["scale"], batch)
+    def inner_params(self, params: Tensor) -> Tensor:
+        return params * self.tensors["scale"]
 
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses, grads = self.inner.loss_and_grad(params * self.tensors["scale"], batch)
-        return losses, grads.mul_(self.tensors["scale"])
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (losses, *(grad * self.tensors["scale"] for grad in grads))
 
 
 class RandomScaling(Task):
@@ -136,7 +164,7 @@ class RandomScaling(Task):
 _CLIP = 10.0  # rnnprop.md section 3: mean_i clip((x_i - a_i)^2, 0, 10)
 
 
-class _ConvexRun(WrappedRun):
+class _ConvexRun(TransformedRun):
     @property
     def tensor_sizes(self) -> tuple[int, ...]:
         return (*self.inner.tensor_sizes, self.tensors["centre"].shape[1])
@@ -145,21 +173,16 @@ class _ConvexRun(WrappedRun):
         extra = self.tensors["centre"].shape[1]
         return {**super().shapes(), "params": (self.inner.dim + extra,)}
 
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        dim = self.inner.dim
-        scale, centre = self.tensors["scale"], self.tensors["centre"]
-        distance = (params[:, dim:] * scale - centre).square().clamp(max=_CLIP)
-        return self.inner.losses(params[:, :dim], batch) + distance.mean(dim=1)
+    def inner_params(self, params: Tensor) -> Tensor:
+        return params[:, : self.inner.dim].contiguous()
 
-    def loss_and_grad(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        dim = self.inner.dim
+    def transform(self, params: Tensor, losses: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         scale, centre = self.tensors["scale"], self.tensors["centre"]
-        inner_losses, inner_grads = self.inner.loss_and_grad(params[:, :dim].contiguous(), batch)
-        offset = params[:, dim:] * scale - centre
+        offset = params[:, self.inner.dim :] * scale - centre
         squares = offset.square()
-        losses = inner_losses + squares.clamp(max=_CLIP).mean(dim=1)
-        grads = torch.where(squares <= _CLIP, offset * scale * (2.0 / centre.shape[1]), 0.0)
-        return losses, torch.cat([inner_grads, grads], dim=1)
+        losses = losses + squares.clamp(max=_CLIP).mean(dim=1)
+        convex = torch.where(squares <= _CLIP, offset * scale * (2.0 / centre.shape[1]), 0.0)
+        return (losses, *(torch.cat([grad, convex], dim=1) for grad in grads))
 
 
 class WithConvex(Task):
