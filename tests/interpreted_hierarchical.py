@@ -155,6 +155,17 @@ def test_found_inf_and_refused_gradients_change_nothing(nonfinite: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, mine.everything(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("number", [torch.ones(2), torch.ones((), dtype=torch.float64)], ids=str)
+def test_scalars_of_another_kind_are_refused_by_name(name: str, number: Tensor) -> None:
+    rule = make(*SIZES, dtype=torch.float32)
+    mine = Problem(rule, [(9,)])
+    before = [tensor.clone() for tensor in mine.everything()]
+    with pytest.raises(ValueError, match=f"{name}: expected 1 contiguous float32 on cpu, got"):
+        mine.step(rule, mine.draw(), **{name: number})
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.everything(), strict=True))
+
+
 def test_rows_of_meta_parameters_refused_change_nothing() -> None:
     refused_rows_change_nothing("triton")
 

@@ -177,7 +177,11 @@ def plan_of(
     return plan
 
 
-def _check(named: dict[str, Sequence[Tensor]], hidden: Tensor, meta: Tensor) -> None:
+def _check(
+    rule: Any, named: dict[str, Sequence[Tensor]], hidden: Tensor, meta: Tensor,
+    scalars: dict[str, Tensor | None],
+) -> None:  # fmt: skip
+    """Check everything that the kernels take on trust but the shapes in lists."""
     params, planes = named["params"], named["planes"]
     device = params[0].device
     if planes[0].dtype not in STATE_DTYPES:
@@ -200,11 +204,16 @@ def _check(named: dict[str, Sequence[Tensor]], hidden: Tensor, meta: Tensor) -> 
                 f"params[{index}]: expected float32, float64, bfloat16 or float16, got "
                 f"{param.dtype}"
             )
-    for name, tensor in (("global_states", hidden), ("meta", meta)):
-        if tensor.dtype != torch.float32 or tensor.device != device or not tensor.is_contiguous():
+    counts = {"global_states": hidden.numel(), "meta": rule.num_meta_parameters}
+    for name, number in {"global_states": hidden, "meta": meta, **scalars}.items():
+        if number is None:
+            continue
+        count = counts.get(name, 1)
+        right = number.dtype == torch.float32 and number.device == device
+        if not right or number.numel() != count or not number.is_contiguous():
             raise ValueError(
-                f"{name}: expected contiguous float32 on {device}, got {tensor.dtype} on "
-                f"{tensor.device}"
+                f"{name}: expected {count} contiguous float32 on {device}, got {number.dtype} of "
+                f"shape {tuple(number.shape)} with strides {number.stride()} on {number.device}"
             )
 
 
@@ -255,7 +264,8 @@ def step_(
     if not params:
         return
     lists = {"params": params, "grads": grads, "planes": planes, "tensor_states": tensors}
-    _check({**lists, "steps": steps}, hidden, meta)
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
+    _check(rule, {**lists, "steps": steps}, hidden, meta, scalars)
     plan = plan_of(rule, params, grads, planes, tensors, steps, problems)
     if not len(plan.chunks):
         return
