@@ -103,12 +103,8 @@ class Lists:
             hidden.append(new.hidden)
         return [*params, *planes, *tensors, torch.stack(hidden)]
 
-    def execute(self, architecture: int, races: bool = True) -> list[Any]:
-        """One step by the compiled kernels, in place; the counts of the three launches.
-
-        For the default rule on compute capability 9.0, Triton lets lanes that hold the same value
-        write it to one place at once, which the check takes for a race.
-        """
+    def execute(self, architecture: int) -> list[Any]:
+        """One step by the compiled kernels, in place; the counts of the three launches."""
         from kernels.hierarchical import step
 
         address = gpu_common.device_address
@@ -127,7 +123,7 @@ class Lists:
         one, chunks = torch.ones(1), len(plan.chunks)
         programs = min(chunks, plan.config.max_programs)
         sizes = tuple(self.rule.config().values())[:4]
-        checks = {"check_races": races, "check_uninit": True}
+        checks = {"check_races": True, "check_uninit": True}
         sweep, level, apply = (
             compiled(name, sizes, architecture, self.planes[0].dtype)
             for name in ("sweep", "tensor_level", "apply")
@@ -191,7 +187,7 @@ def test_counts_of_the_default_rule_stay_near_the_memory_floor() -> None:
     rule, exact_rule = make(*DEFAULT, dtype=torch.float32), make(*DEFAULT)
     lists = Lists(rule, [[count]], 3)
     plain, exact = lists.expected(rule, torch.float32), lists.expected(exact_rule, torch.float64)
-    counts = lists.execute(90, races=False)
+    counts = lists.execute(90)
     found = [*lists.params, *lists.planes, *lists.tensors, lists.hidden]
     for index, parts in enumerate(zip(found, plain, exact, strict=True)):
         common.assert_as_accurate(*parts, f"result {index}")
