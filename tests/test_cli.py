@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 import fastl2o
@@ -298,6 +300,12 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with _cli_train._alone_in(tmp_path):  # free again
         pass
+
+
+def test_no_help_holds_brackets_that_rich_takes_for_markup_and_drops() -> None:
+    for command in typer.main.get_group(cli.app).commands.values():
+        for text in (command.help, *(getattr(each, "help", None) for each in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "")
 
 
 def test_python_m_fastl2o_is_the_command_line() -> None:
