@@ -174,6 +174,9 @@ def test_a_recipe_continues_from_another_rule(tmp_path: Path) -> None:
     other = GOOD.replace("hidden_size = 3", "hidden_size = 4")
     with pytest.raises(RecipeError, match=r"start: .* but \[rule\] asks for .*hidden_size=4"):
         build_trainer(parse_recipe(f"start = {file!r}\n" + other))
+    gone = "start = 'gone.safetensors'\n" + GOOD
+    with pytest.raises(FileNotFoundError, match=r"^mine\.toml, start: there is no rule file gone"):
+        build_trainer(parse_recipe(gone, "mine.toml"))
 
 
 def test_recipe_from_a_file(tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ def build_trainer(
     Raises:
         RecipeError: if a value is impossible; the message names the recipe's file, the table, the
             key and what is accepted.
-        FileNotFoundError, ValueError: if the data is missing or not MNIST.
+        FileNotFoundError: if the rule to start from or the data is missing.
+        ValueError: if the data is not MNIST.
 
     Example:
         >>> trainer = build_trainer("lstm-quadratic")
@@ -227,7 +228,7 @@ def build_trainer(
             low, high = recipe.timescales
             rule.draw_timescales(low, high, generator)
     if recipe.start is not None:
-        with naming(source, "start"):
+        with _naming_files(source, "start"):
             first = load(recipe.start, family=rule.family)
             if first.config() != rule.config():
                 raise ValueError(
@@ -301,7 +302,7 @@ def _build_tasks(
             tasks.append(_build_task(source, place, table, data))
             weights.append(weight)
             continue
-        with _naming_data(source, place):
+        with _naming_files(source, place):
             families = listed_families(_with_data(table, data))
         for family in families.values():
             tasks += family
@@ -314,7 +315,7 @@ def _build_task(
 ) -> Task:
     make, known = TASKS[table["kind"]]
     table = _with_data(table, data)
-    with _naming_data(source, where):
+    with _naming_files(source, where):
         return transformed(make(**{key: table[key] for key in known if key in table}), table)
 
 
@@ -325,7 +326,7 @@ def _with_data(table: Mapping[str, Any], data: str | os.PathLike[str] | None) ->
 
 
 @contextmanager
-def _naming_data(source: str, where: str) -> Iterator[None]:
+def _naming_files(source: str, where: str) -> Iterator[None]:
     """``naming``, also of files that are not there."""
     try:
         with naming(source, where):
