@@ -172,8 +172,15 @@ def test_a_rule_learns_adams_steps() -> None:
             {"schedule": "cosine"},
             "schedule must be one of 'inverse_sqrt', 'inverse', 'linear'; got 'cosine'",
         ),
+        ({"schedule": "linear"}, "schedule='linear' needs decay"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         meta.Imitation(**options)
+
+
+def test_a_rule_whose_coordinates_talk_to_each_other_is_refused_before_it_trains() -> None:
+    rule = fastl2o.HierarchicalRule(param_size=2, tensor_size=2, global_size=2)
+    with pytest.raises(ValueError, match="imitation is for rules whose coordinates do not talk"):
+        meta.MetaTrainer(rule, [meta.tasks.Quadratic(dim=2)], imitation=meta.Imitation())

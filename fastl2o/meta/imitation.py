@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..rules import CoordinateRule, Rule
 from ._checks import check_choice, check_number
 from ._saved import check_tensor
 from .estimators import MetaGradient
 from .unroll import Progress, step_runs
-
-if TYPE_CHECKING:
-    from ..rules import Rule
 
 __all__ = ["Imitation", "Lesson"]
 
@@ -125,12 +123,29 @@ class Imitation:
         if self.decay is not None:
             check_number("decay", self.decay, minimum=0, exclusive=True)
         check_choice("schedule", self.schedule, _SCHEDULES)
+        if self.decay is None and self.schedule != _SCHEDULES[0]:
+            raise ValueError(
+                f"schedule={self.schedule!r} needs decay, the steps over which Adam's rate falls; "
+                "without it the rate stays at lr"
+            )
         if self.coordinates is not None:
             check_number("coordinates", self.coordinates, minimum=1, integer=True)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
         return {**asdict(self), "betas": list(self.betas)}
+
+    def check_rule(self, rule: Rule) -> None:
+        """Refuse a rule that cannot be fitted to single coordinates' steps.
+
+        Raises:
+            ValueError: its coordinates talk to each other.
+        """
+        if not isinstance(rule, CoordinateRule):
+            raise ValueError(
+                "imitation is for rules whose coordinates do not talk to each other, and this one "
+                f"is of family {rule.family!r}; leave imitation out"
+            )
 
     def rate(self, count: int) -> float:
         """Adam's rate at its step number ``count`` = 1, 2, ..."""

@@ -157,6 +157,7 @@ class MetaTrainer:
             check_type("validation", validation, Validation, "Validation(every=100)")
         if imitation is not None:
             check_type("imitation", imitation, Imitation, "Imitation(probability=0.3)")
+            imitation.check_rule(rule)
         if schedule is not None:
             check_type("schedule", schedule, Callable, 'LRSchedule("cosine", total=1000)')
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
