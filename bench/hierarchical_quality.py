@@ -104,7 +104,9 @@ class Ensemble:
                 row[name] = float(torch.cat(found).mean())
             row["runs"] = scores.numel()
             row["diverged"] = sum(map(diverged, ours))
-            row["diverged at 10x"] = sum(map(diverged, self.losses(family, learned, SEED, 10)))
+            longer = self.losses(family, learned, SEED, 10)
+            row["rule at 10x"] = float(torch.cat([*map(log_ratio, longer)]).mean())
+            row["diverged at 10x"] = sum(map(diverged, longer))
             rows.append(row)
             if self.progress:
                 tqdm.write(", ".join(f"{key} {value}" for key, value in row.items()), sys.stderr)
@@ -175,26 +177,26 @@ def render(rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
         f"Held-out problems, T = {T}: mean of log(f_T / f_0), lower is better; standard deviation "
         "of the rule's runs; diverged: non-finite, or the mean of the last tenth above the start.",
         "",
-        "| family | problems | rule | RMSProp (lr) | Adam (lr) | diverged | at 10 T |",
-        "|---|---|---|---|---|---|---|",
+        "| family | problems | rule | RMSProp (lr) | Adam (lr) | diverged | at 10 T | diverged |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        tuned = [f"{row[name]:.2f} ({row[f'{name} lr']:.2g})" for name in BASELINES]
-        ours = f"{row['rule']:.2f} ±{row['spread']:.2f}"
-        counts = [f"{row[name]}/{row['runs']}" for name in ("diverged", "diverged at 10x")]
-        lines.append(
-            f"| {' | '.join([row['family'], str(row['problems']), ours, *tuned, *counts])} |"
-        )
+        cells = [row["family"], str(row["problems"]), f"{row['rule']:.2f} ±{row['spread']:.2f}"]
+        cells += [f"{row[name]:.2f} ({row[f'{name} lr']:.2g})" for name in BASELINES]
+        cells += [f"{row['diverged']}/{row['runs']}"]
+        cells += [f"{row['rule at 10x']:.2f}", f"{row['diverged at 10x']}/{row['runs']}"]
+        lines.append(f"| {' | '.join(cells)} |")
     weights = [row["problems"] for row in rows]
     means = [
         sum(row[name] * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
-        for name in ("rule", *BASELINES)
+        for name in ("rule", *BASELINES, "rule at 10x")
     ]
     runs = sum(row["runs"] for row in rows)
     counts = [
         f"{sum(row[name] for row in rows)}/{runs}" for name in ("diverged", "diverged at 10x")
     ]
-    cells = ["**all problems**", str(sum(weights)), *(f"{mean:.2f}" for mean in means), *counts]
+    cells = ["**all problems**", str(sum(weights)), *(f"{mean:.2f}" for mean in means[:-1])]
+    cells += [counts[0], f"{means[-1]:.2f}", counts[1]]
     lines += [f"| {' | '.join(cells)} |", ""]
     steps = [f"step {step:,}" for step in REPORTED]
     lines += [
