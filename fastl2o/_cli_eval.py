@@ -31,8 +31,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="quadratic (default), digits, mnist; ensemble, families or held_out, or one of "
-            "their families (ensemble/bowl); or the tasks of a recipe (shipped name or .toml path), "
-            "on what they hold out of meta-training. Repeatable."
+            "their families (ensemble/bowl); or the tasks of a recipe (shipped name or .toml "
+            "path), on what they hold out of meta-training. Repeatable."
         ),
     ] = None,
     horizon: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 100,
