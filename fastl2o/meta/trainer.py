@@ -160,9 +160,8 @@ class MetaTrainer:
             imitation.check_rule(rule)
         if schedule is not None:
             check_type("schedule", schedule, Callable, 'LRSchedule("cosine", total=1000)')
-        self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
-        self.seed, self.divergence, self.average = seed, divergence, average
-        self.accumulate = accumulate
+        self.optimizer, self.schedule, self.seed, self.average = optimizer, schedule, seed, average
+        self.clip_grad, self.divergence, self.accumulate = clip_grad, divergence, accumulate
         self.validation, self.imitation = validation, imitation
         self._ranks = Ranks()
         self.progress = progress if self._ranks.main else False
