@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastl2o.rules import Rule
-from tests import common, gpu_common
+from tests import common, gpu_common, tensor_core
 
 pytestmark = [gpu_common.needs_triton, gpu_common.needs_ptxemu]
 
@@ -21,6 +21,12 @@ INTEGERS = (
     *("scratch_rows", "total", "dim", "runs", "steps", "rows", "segment", "segments"),
     *("tiles", "programs"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tensor_cores_truncate() -> None:
+    gpu_common.load_ptxemu()
+    tensor_core.install()
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], architecture: int, warps: int) -> Any:
@@ -158,14 +164,18 @@ def test_executed_ptx_is_as_accurate_as_plain_torch(name: str, architecture: int
     rule = CASES[name].make()
     recorded = common.random_window(rule, steps=2, runs=3, dim=37, last=architecture == 80)
     block = 128 if name.startswith("lstm") else 64
-    assert_window(name, recorded, run_window(name, architecture, block, recorded))
+    result = run_window(name, architecture, block, recorded)
+    assert_window(name, recorded, result)
+    counts = result[2]
+    assert counts.mma_flops > 0
+    assert counts.bank_conflicts <= 0.05 * counts.shared_wavefronts
 
 
 def test_a_barrier_stands_on_both_sides_of_every_layer() -> None:
     # The emulator does not see races in global memory, where the rows are.
     ptx = window_module("rnnprop-3x2", 80, 32).ptx
     found = re.findall(
-        r"^\s*(?:call\S* \S*window_layers_\$_(\w+?)__|(bar)\.sync)", ptx, re.MULTILINE
+        r"^\s*(?:call\S* \S*(?:window_layers|products)_\$_(\w+?)__|(bar)\.sync)", ptx, re.MULTILINE
     )
     parts = [call or barrier for call, barrier in found]
     layers = [index for index, part in enumerate(parts) if part == "forward_layer"]

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ..lstm.cells import number
+from ..lstm.products import add_outer, transposed_product
 from ..lstm.step_kernels import address
-from ..lstm.window_layers import add_outer, transposed_product
 from . import cells
 from .window_sweep import (
     affine_rows,

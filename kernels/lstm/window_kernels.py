@@ -27,9 +27,9 @@ import triton.language as tl
 
 from . import cells
 from .cells import number
+from .products import add_outer, transposed_product
 from .step_kernels import MOMENTS
 from .window_layers import (
-    add_outer,
     enter_tile,
     feature_gradients,
     first_inputs,
@@ -40,7 +40,6 @@ from .window_layers import (
     projection_gradients,
     readout,
     scale_rows,
-    transposed_product,
     update_gradient,
 )
 
@@ -67,7 +66,7 @@ def backward_layer(
     below = new_rows + (PLANE - 2 * H) * BLOCK if INDEX else x_rows
     gate_gradients(
         below, old, d_state, gates, meta + OFFSET, d_out_row, meta + READOUT,
-        number(INDEX + 1 == LAYERS), WIDTH, H, BLOCK,
+        number(INDEX + 1 == LAYERS), number(WIDTH), H, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     add_outer(

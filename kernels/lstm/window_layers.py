@@ -9,6 +9,9 @@ once for all coordinates of a thread.
 Most functions are not inlined and take addresses and single numbers only: then no array lives
 across a call, so nothing spills, and compiling stays fast (Triton's layout passes take time
 quadratic in the size of a function: minutes for one that holds everything).
+
+A layer's number of inputs is a run-time number, so that one function serves all layers: ptxas
+unrolls a loop of known length and keeps its loads in registers until all of them are taken.
 """
 
 # Triton's functions take Triton's values: annotations would be wrong for either side.
@@ -20,52 +23,41 @@ import triton
 import triton.language as tl
 
 from . import cells
-
-# A tile of a weight gradient, and the coordinates that one product takes.
-ROWS, COLUMNS, DEPTH = tl.constexpr(16), tl.constexpr(32), tl.constexpr(16)
-
-
-@triton.constexpr_function
-def group_size(count, largest):
-    """The largest divisor of `count` up to `largest`, or `largest` if that is below half of it."""
-    divisor = max(n for n in range(1, largest + 1) if count % n == 0)
-    return divisor if 2 * divisor > min(count, largest) else min(count, largest)
+from .products import group_size
 
 
 @triton.jit
-def accumulate(
-    sums, x_at, stride, weights, unit, WIDTH: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr
-):
+def accumulate(sums, x_at, stride, weights, unit, width, H: tl.constexpr, GROUP: tl.constexpr):
     """Add W x of the four gates of units `unit` .. `unit + GROUP` to a tuple, gates innermost."""
-    for k in range(WIDTH):
+    for k in range(width):
         x = tl.load(x_at + k * stride)
         new = ()
         for n in tl.static_range(4 * GROUP):
             row = (n % 4) * H + tl.minimum(unit + n // 4, H - 1)
-            new = new + (sums[n] + x * tl.load(weights + row * WIDTH + k),)  # noqa: RUF005
+            new = new + (sums[n] + x * tl.load(weights + row * width + k),)  # noqa: RUF005
         sums = new
     return sums
 
 
 @triton.jit
 def preactivations(
-    x_at, x_stride, h_at, h_stride, weights, unit,
-    WIDTH: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    x_at, x_stride, h_at, h_stride, weights, unit, width,
+    H: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """W x + U h + b of units `unit` .. `unit + GROUP`: a tuple of i, f, g, o of each unit."""
     sums = ()
     for n in tl.static_range(4 * GROUP):
         row = (n % 4) * H + tl.minimum(unit + n // 4, H - 1)
-        bias = tl.load(weights + 4 * H * (WIDTH + H) + row)
+        bias = tl.load(weights + 4 * H * (width + H) + row)
         sums = sums + (tl.zeros((BLOCK,), tl.float32) + bias,)  # noqa: RUF005
-    sums = accumulate(sums, x_at, x_stride, weights, unit, WIDTH, H, GROUP)
-    return accumulate(sums, h_at, h_stride, weights + 4 * H * WIDTH, unit, H, H, GROUP)
+    sums = accumulate(sums, x_at, x_stride, weights, unit, width, H, GROUP)
+    return accumulate(sums, h_at, h_stride, weights + 4 * H * width, unit, H, H, GROUP)
 
 
 @triton.jit(noinline=True)
 def forward_layer(
-    x, x_stride, old, new, stride, first, total, weights,
-    WIDTH: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, old, new, stride, first, total, weights, width,
+    H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A layer from its planes h, c at `old` to those at `new`, coordinates `first` and on.
 
@@ -79,7 +71,7 @@ def forward_layer(
     old_at, new_at = old + place, new + place
     GROUP: tl.constexpr = group_size(H, 4)
     for unit in range(0, H, GROUP):
-        a = preactivations(x_at, x_stride, old_at, stride, weights, unit, WIDTH, H, GROUP, BLOCK)
+        a = preactivations(x_at, x_stride, old_at, stride, weights, unit, width, H, GROUP, BLOCK)
         for u in tl.static_range(GROUP):
             row = tl.minimum(unit + u, H - 1)
             c = tl.load(old_at + (H + row) * stride)
@@ -142,13 +134,13 @@ def forward(
         if index == 0:
             forward_layer(
                 x_rows, BLOCK, from_plane, to_plane, stride, first, total, meta + OFFSET,
-                INPUTS, H, BLOCK,
+                cells.number(INPUTS), H, BLOCK,
             )  # fmt: skip
         else:
             forward_layer(
                 to_plane - 2 * H * stride, stride, from_plane, to_plane, stride, first, total,
                 meta + OFFSET + 4 * H * (INPUTS + H + 1 + (index - 1) * (2 * H + 1)),
-                H, H, BLOCK,
+                cells.number(H), H, BLOCK,
             )  # fmt: skip
         tl.debug_barrier()
 
@@ -177,8 +169,8 @@ def output_gradient(
 
 @triton.jit(noinline=True)
 def gate_gradients(
-    x, old, d_state, gates, weights, d_out_row, readout_weights, top,
-    WIDTH: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    x, old, d_state, gates, weights, d_out_row, readout_weights, top, width,
+    H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Recompute a layer's gates; write their gradients, and the adjoint of the old c in place.
 
@@ -190,7 +182,7 @@ def gate_gradients(
     d_out = tl.load(d_out_row + lane)
     GROUP: tl.constexpr = group_size(H, 4)
     for unit in range(0, H, GROUP):
-        a = preactivations(x_at, BLOCK, old_at, BLOCK, weights, unit, WIDTH, H, GROUP, BLOCK)
+        a = preactivations(x_at, BLOCK, old_at, BLOCK, weights, unit, width, H, GROUP, BLOCK)
         for u in tl.static_range(GROUP):
             row = unit + u
             # A group may reach beyond the last unit.
@@ -209,73 +201,6 @@ def gate_gradients(
             tl.store(gates_at + (H + row) * BLOCK, d_f, valid)
             tl.store(gates_at + (2 * H + row) * BLOCK, d_g, valid)
             tl.store(gates_at + (3 * H + row) * BLOCK, d_o, valid)
-
-
-@triton.jit(noinline=True)
-def transposed_product(
-    gates, weights, target, add, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """W^T d of a (count, WIDTH) matrix and the gate gradients d: WIDTH rows, added if `add`."""
-    lane = tl.arange(0, BLOCK)
-    gates_at, target_at = gates + lane, target + lane
-    GROUP: tl.constexpr = group_size(WIDTH, 10)
-    for first in range(0, WIDTH, GROUP):
-        sums = ()
-        for _ in tl.static_range(GROUP):
-            sums = sums + (tl.zeros((BLOCK,), tl.float32),)  # noqa: RUF005
-        for row in range(count):
-            d = tl.load(gates_at + row * BLOCK)
-            new = ()
-            for u in tl.static_range(GROUP):
-                k = tl.minimum(first + u, WIDTH - 1)
-                new = new + (sums[u] + d * tl.load(weights + row * WIDTH + k),)  # noqa: RUF005
-            sums = new
-        for u in tl.static_range(GROUP):
-            valid = lane < (WIDTH - first - u) * BLOCK
-            at = target_at + tl.minimum(first + u, WIDTH - 1) * BLOCK
-            if add != 0:
-                tl.store(at, sums[u] + tl.load(at), valid)
-            else:
-                tl.store(at, sums[u], valid)
-
-
-@triton.jit(noinline=True)
-def add_outer(
-    partial, count, weight_x, weight_h, bias, d, x, h, x_count, h_count, BLOCK: tl.constexpr
-):
-    """Add d x^T, d h^T and the sums of d over coordinates to the program's partial sums.
-
-    `d`, `x` and `h` are the addresses of `count`, `x_count` and `h_count` rows; the latter two are
-    also the widths of the matrices at `partial + weight_x` and `partial + weight_h`.
-    """
-    depth = tl.arange(0, DEPTH)
-    for first_row in range(0, count, ROWS):
-        row = first_row + tl.arange(0, ROWS)
-        row_valid = row < count
-        for first_column in range(0, x_count + h_count, COLUMNS):
-            column = first_column + tl.arange(0, COLUMNS)
-            of_x, column_valid = column < x_count, column < x_count + h_count
-            source = tl.where(of_x, x + column * BLOCK, h + (column - x_count) * BLOCK)
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for start in range(0, BLOCK, DEPTH):
-                left = tl.load(
-                    d + row[:, None] * BLOCK + (start + depth)[None, :], row_valid[:, None], 0.0
-                )
-                right = tl.load(
-                    source[None, :] + (start + depth)[:, None], column_valid[None, :], 0.0
-                )
-                total = tl.dot(left, right, total, input_precision="ieee")
-            of_row = tl.where(
-                of_x[None, :],
-                weight_x + row[:, None] * x_count + column[None, :],
-                weight_h + row[:, None] * h_count + column[None, :] - x_count,
-            )
-            valid = row_valid[:, None] & column_valid[None, :]
-            tl.store(partial + of_row, tl.load(partial + of_row, valid, 0.0) + total, valid)
-        lane = tl.arange(0, BLOCK)
-        values = tl.load(d + row[:, None] * BLOCK + lane[None, :], row_valid[:, None], 0.0)
-        at = partial + bias + row
-        tl.store(at, tl.load(at, row_valid, 0.0) + tl.sum(values, 1), row_valid)
 
 
 @triton.jit(noinline=True)
