@@ -91,7 +91,7 @@ def _triton_counted(planes: torch.dtype) -> list[list[Any]]:
         lists = Lists(HierarchicalRule(), [[chunks * config.chunk]], taken=3)
         lists.planes = [tensor.to(planes) for tensor in lists.planes]
         with mock.patch.object(step, "step_config", return_value=config):
-            found.append(lists.execute(90, races=False))
+            found.append(lists.execute(90))
     return found
 
 
