@@ -100,7 +100,6 @@ def mnist(tmp_path: Path) -> Path:
         "hierarchical-small-start",
         "hierarchical-small-middle",
         "hierarchical-small-late",
-        "hierarchical-small-sparse",
         "hierarchical-small",
         "hierarchical-start",
         "hierarchical",
