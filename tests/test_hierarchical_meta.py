@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastl2o import HierarchicalRule, meta
+from fastl2o import meta
 from tests.test_hierarchical_rule import F64, make
 
 
@@ -58,18 +58,3 @@ def test_tasks_name_the_sizes_of_their_tensors(
     run = meta.tasks.GradientNoise(task).sample(2, torch.Generator().manual_seed(0))
     assert run.tensor_sizes == sizes
     assert sum(sizes) == run.dim
-
-
-def test_imitation_is_refused() -> None:
-    rule = HierarchicalRule(3, 4, 5, 2)
-    trainer = meta.MetaTrainer(
-        rule,
-        tasks=[meta.tasks.Quadratic(dim=3)],
-        estimator=meta.TruncatedBPTT(unroll=2),
-        horizon=4,
-        optimizer=torch.optim.Adam(rule.parameters()),
-        imitation=meta.Imitation(probability=1.0),
-        progress=False,
-    )
-    with pytest.raises(TypeError, match="coordinate-wise"):
-        trainer.fit(outer_steps=1)
