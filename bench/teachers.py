@@ -1,8 +1,8 @@
 """Which Adam teaches best: ``python -m bench.teachers [--task FILE.toml] [RULE ...]``.
 
 What a rule that imitates could at best become: the losses of the teachers of ``meta.Imitation``
-taking the steps themselves, and of rules (shipped names or paths) beside them. Prints a table, and
-writes ``bench/reports/teachers.md`` where the settings are the default ones.
+taking the steps themselves, and of rules (shipped names or paths) beside them, on what the tasks
+hold out of meta-training. Prints a table, and writes ``bench/reports/teachers.md`` where the settings are the default ones.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
     entrants = teachers()
     for name in chosen.rules:
         entrants[name] = partial(learned_stepper, rule=fastl2o.load(name))
-    tasks = load_tasks(chosen.task, chosen.data)
+    tasks = [task.held_out() for task in load_tasks(chosen.task, chosen.data)]
     rows = []
     bar = tqdm(total=len(tasks) * len(entrants) * chosen.horizon, unit="step", unit_scale=True)
     for task in tasks:
