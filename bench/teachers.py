@@ -2,7 +2,8 @@
 
 What a rule that imitates could at best become: the losses of the teachers of ``meta.Imitation``
 taking the steps themselves, and of rules (shipped names or paths) beside them, on what the tasks
-hold out of meta-training. Prints a table, and writes ``bench/reports/teachers.md`` where the settings are the default ones.
+hold out of meta-training. Prints a table, and writes ``bench/reports/teachers.md`` where the
+settings are the default ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Meta-training of the hierarchical rule: learned starts, tasks' tensors, what is refused."""
+"""Meta-training of the hierarchical rule: learned starts, second order, tasks' tensors."""
 
 from __future__ import annotations
 
