@@ -244,6 +244,18 @@ def test_initial_rates_are_seeded_and_in_range() -> None:
         torch.testing.assert_close(tensor[-1], planes[-1].mean())
 
 
+def test_initial_rates_are_between_the_rules_own() -> None:
+    rule = HierarchicalRule(lowest_rate=1e-3, highest_rate=4e-3)
+    state = rule.init_problem([torch.zeros(40)] * 50, seed=0)
+    rates = torch.cat([planes[-1] for planes in state.planes])
+    assert math.log(1e-3) <= float(rates.min()) < math.log(1.2e-3)
+    assert math.log(3.3e-3) < float(rates.max()) <= math.log(4e-3)
+    rule = HierarchicalRule(lowest_rate=3e-3, highest_rate=3e-3)
+    first, other = (rule.init_problem([torch.zeros(3)], seed) for seed in (0, 1))
+    assert torch.equal(first.planes[0], other.planes[0])
+    torch.testing.assert_close(first.planes[0][-1], torch.full((3,), math.log(3e-3)))
+
+
 def test_initialisation_is_seeded_and_as_published() -> None:
     rule, twin = HierarchicalRule(), HierarchicalRule()
     rule.reset_parameters(torch.Generator().manual_seed(1))
@@ -258,8 +270,9 @@ def test_initialisation_is_seeded_and_as_published() -> None:
     assert values == pytest.approx([3.2, 2.2, 3.2, -1.0])
 
 
-def test_file_copy_and_pickle_round_trips(tmp_path: Path) -> None:
-    rule = make(3, 4, 5, 2, dtype=torch.float32)
+@pytest.mark.parametrize("rates", [{}, {"lowest_rate": 0.01, "highest_rate": 0.01}])
+def test_file_copy_and_pickle_round_trips(rates: dict[str, float], tmp_path: Path) -> None:
+    rule = HierarchicalRule(3, 4, 5, 2, **rates)
     rule.save(tmp_path / "rule.safetensors", {"task": "none"})
     loaded = fastl2o.load(tmp_path / "rule.safetensors")
     for twin in (loaded, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
@@ -275,6 +288,9 @@ def test_file_copy_and_pickle_round_trips(tmp_path: Path) -> None:
         ({"tensor_size": 65}, "tensor_size"),
         ({"global_size": 2.0}, "global_size"),
         ({"num_scales": 9}, "num_scales"),
+        ({"lowest_rate": 0.0}, "lowest_rate: 0.0; pass a number above 0"),
+        ({"lowest_rate": 0.1}, "highest_rate: 0.01; pass a number of at least lowest_rate = 0.1"),
+        ({"highest_rate": math.inf}, "highest_rate"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:

@@ -180,7 +180,45 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         meta.Imitation(**options)
 
 
-def test_a_rule_whose_coordinates_talk_to_each_other_is_refused_before_it_trains() -> None:
+@pytest.mark.parametrize("own_path", [0.0, 1.0])
+def test_rules_whose_coordinates_talk_are_taught_whole_tensors(own_path: float) -> None:
+    """Misfit and gradient are autograd's through the reference, the learned start included."""
+    rule = fastl2o.HierarchicalRule(3, 4, 2, lowest_rate=1e-2, highest_rate=1e-2).double()
+    imitation = meta.Imitation(lr=0.05, decay=3.0, relative=True, own_path=own_path)
+    progress, other = (
+        meta.start(rule, TASK.sample(2, seeded(1), F64)),
+        TASK.sample(2, seeded(1), F64),
+    )
+    lesson = imitation.begin(rule, progress, seeded(2))
+    params, moments = other.params.clone(), torch.zeros(2, *other.params.shape, dtype=F64)
+    sizes = other.tensor_sizes
+    assert len(sizes) == 2
+    state = rule.init_runs(params, sizes)
+    flat = rule.flat_parameters().detach()
+    for window in range(2):
+        meta_parameters, start = flat.clone().requires_grad_(), state.detach().requires_grad_()
+        misfit, state = torch.zeros((), dtype=F64), start
+        for count in range(4 * window + 1, 4 * window + 5):
+            grads = other.loss_and_grad(params, other.next_batch())[1]
+            target = imitation.adam_step(grads, moments, count)
+            update, state = rule.reference_runs_step(
+                grads, state, count - 1, sizes, meta_parameters
+            )
+            apart = (update - target) / imitation.rate(count)
+            misfit = misfit + 0.5 * apart.square().mean()
+            params = params + (update.detach() if lesson.own_path else target)
+        expected, d_start = torch.autograd.grad(misfit, (meta_parameters, start))
+        if window == 0:
+            expected = expected + rule.start_gradient(d_start, sizes)
+        result = imitation.window(rule, progress, lesson, 4)
+        torch.testing.assert_close(result.loss, misfit.detach(), rtol=1e-9, atol=0)
+        assert_near(result.gradient, expected, 1e-8)
+        torch.testing.assert_close(progress.params, params, rtol=1e-9, atol=1e-12)
+
+
+def test_coordinates_of_a_rule_that_must_see_all_are_refused_before_it_trains() -> None:
     rule = fastl2o.HierarchicalRule(param_size=2, tensor_size=2, global_size=2)
-    with pytest.raises(ValueError, match="imitation is for rules whose coordinates do not talk"):
-        meta.MetaTrainer(rule, [meta.tasks.Quadratic(dim=2)], imitation=meta.Imitation())
+    with pytest.raises(ValueError, match="3 coordinates alone is for rules whose coordinates do"):
+        meta.MetaTrainer(
+            rule, [meta.tasks.Quadratic(dim=2)], imitation=meta.Imitation(coordinates=3)
+        )

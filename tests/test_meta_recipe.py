@@ -157,8 +157,11 @@ def test_an_ensemble_stands_for_its_tasks() -> None:
     assert len(trainer.tasks) == 8 + 6 + 1
     expected = torch.tensor([1 / 8] * 8 + [1 / 6] * 6 + [1.0])
     torch.testing.assert_close(trainer._starter.weights, expected)
-    with pytest.raises(RecipeError, match=r"timescales: .*'hierarchical' has no LSTM layers"):
-        build_trainer(parse_recipe(f"timescales = [2, 9]\n{table}"))
+    slow = build_trainer(parse_recipe(f"timescales = [90, 90]\n{table}"), progress=False).rule
+    kept = slow.global_gru.gates_bias.detach()[20:].sigmoid()
+    torch.testing.assert_close(kept[:10], torch.full((10,), 1 - 1 / 90))
+    with pytest.raises(RecipeError, match=r"timescales: .*low"):
+        build_trainer(parse_recipe(f"timescales = [1, 9]\n{table}"))
     with pytest.raises(RecipeError, match=r"tasks\[0\]: families must be a list of some of quadr"):
         build_trainer(parse_recipe(table.replace('"bowl"', '"ball"')))
     with pytest.raises(RecipeError, match=r"unknown key 'tasks\[0\].familys'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ class Imitation:
             lr (1 - t / decay) but at least lr / 20, for runs of ``decay`` steps.
         relative: steps are compared in units of Adam's rate, so that late steps count as much.
         own_path: chance that a batch of runs that imitates takes the rule's steps, not Adam's.
-        coordinates: compare as many coordinates, drawn for each batch of runs; None for all.
+        coordinates: compare as many coordinates, drawn for each batch of runs; None for all, which
+            rules whose coordinates talk to each other need.
         nesterov: Adam looks one step of its momentum ahead (Dozat 2016, algorithm 8, with a
             constant decay).
         cautious: steps against the sign of the gradient at hand are left out (Liang et al. 2024,
@@ -136,15 +138,16 @@ class Imitation:
         return {**asdict(self), "betas": list(self.betas)}
 
     def check_rule(self, rule: Rule) -> None:
-        """Refuse a rule that cannot be fitted to single coordinates' steps.
+        """Refuse to pick coordinates of a rule that must see them all.
 
         Raises:
             ValueError: its coordinates talk to each other.
         """
-        if not isinstance(rule, CoordinateRule):
+        if self.coordinates is not None and not isinstance(rule, CoordinateRule):
             raise ValueError(
-                "imitation is for rules whose coordinates do not talk to each other, and this one "
-                f"is of family {rule.family!r}; leave imitation out"
+                f"imitation of {self.coordinates} coordinates alone is for rules whose coordinates "
+                f"do not talk to each other, and this one is of family {rule.family!r}; leave "
+                "coordinates out"
             )
 
     def rate(self, count: int) -> float:
@@ -165,7 +168,7 @@ class Imitation:
             drawn = torch.randperm(params.shape[1], generator=generator)
             picked = drawn[: self.coordinates].sort().values
         lesson = Lesson(params.new_zeros((2, *params.shape)), own_path, picked)
-        if not own_path:
+        if picked is not None and not own_path:
             seen = lesson.of(params)
             progress.state = ops.coordinate_wise(rule).init_state(seen, seen.dtype)
         return lesson
@@ -190,7 +193,8 @@ class Imitation:
             losses.append(loss)
         units = [self.rate(progress.step + t + 1) if self.relative else 1.0 for t in range(steps)]
         misfit, gradient = _misfit_gradient(
-            rule, torch.stack(grads), torch.stack(targets), state, progress.step, units
+            *(rule, torch.stack(grads), torch.stack(targets), state, progress.step, units),
+            progress.run.tensor_sizes if lesson.picked is None else (len(lesson.picked),),
         )
         progress.step += steps
         progress.losses = losses[-1].clone()
@@ -222,20 +226,35 @@ class Imitation:
 
 
 def _misfit_gradient(
-    rule: Rule, grads: Tensor, targets: Tensor, state: Tensor, first_step: int, units: list[float]
+    rule: Rule,
+    grads: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    first_step: int,
+    units: list[float],
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Misfit (0-dim) and its gradient (M,); advances ``state``.
 
-    ``grads`` and ``targets`` are ``(T, R, n)``; step t is measured in ``units[t]``.
+    ``grads`` and ``targets`` are ``(T, R, n)``, n the sum of ``sizes``; step t is measured in
+    ``units[t]``.
     """
     steps, count = grads.shape[0], grads[0].numel()
     before, updates = state.clone(), torch.zeros_like(grads)
     with torch.no_grad():
         for t in range(steps):
-            step_runs(rule, updates[t], grads[t], state, first_step + t, grads.shape[2:], 1.0, 0.0)
+            step_runs(rule, updates[t], grads[t], state, first_step + t, sizes, 1.0, 0.0)
     unit = grads.new_tensor(units).view(-1, 1, 1)
     apart = (updates - targets) / unit
-    gradient, _ = ops.unroll_backward(
-        rule, grads, before, steps=steps, step=first_step, d_updates=apart / unit / count
+    gradient, d_state = ops.unroll_backward(
+        rule,
+        grads,
+        before,
+        steps=steps,
+        step=first_step,
+        sizes=sizes,
+        d_updates=apart / unit / count,
     )
+    if rule.learned_start and first_step == 0:
+        gradient = gradient + rule.start_gradient(d_state, sizes)
     return apart.square().sum() * (0.5 / count), gradient

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ..rules import CoordinateRule
 from ._checks import check_number
 from ._recipe_schema import ESTIMATORS, OPTIMIZERS, RecipeError, check_recipe, check_tasks, naming
 from ._recipe_tasks import TASK_LISTS, TASKS, listed_families, transformed
@@ -68,8 +67,8 @@ class Recipe:
         seed: of the rule's initialisation, the tasks and the validation runs.
         start: shipped name or path of the rule to continue from, instead of a fresh one; it must
             have the configuration of ``rule``.
-        timescales: [shortest, longest] memory, in steps, that half of each LSTM layer's units
-            start with; see ``CoordinateRule.draw_timescales``.
+        timescales: [shortest, longest] memory, in steps, that half of the units of LSTM layers, or
+            of tensor and global GRUs, start with; see the rule's ``draw_timescales``.
         description: one line for people.
         source: what errors call it, the path of its file; not part of the recipe itself.
     """
@@ -221,10 +220,6 @@ def build_trainer(
         rule.reset_parameters(generator)
     if recipe.timescales is not None:
         with naming(source, "timescales"):
-            if not isinstance(rule, CoordinateRule):
-                raise ValueError(
-                    f"a rule of family {rule.family!r} has no LSTM layers; leave timescales out"
-                )
             low, high = recipe.timescales
             rule.draw_timescales(low, high, generator)
     if recipe.start is not None:

@@ -114,6 +114,16 @@ class Rule(nn.Module, abc.ABC):
             sizes: as for `init_runs`.
         """
 
+    def draw_timescales(
+        self, low: float, high: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Start some units with memories of ``low`` to ``high`` steps.
+
+        Raises:
+            ValueError: the family has no such units.
+        """
+        raise ValueError(f"a rule of family {self.family!r} has no units with memories to draw")
+
     # Meta-parameters as one vector
     # ----------------------------------------------------------------------------------
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ._base import LARGEST, Rule, Weights, check_number
-from ._modules import LSTMLayer, draw_timescales_
+from ._base import Rule, Weights
+from ._modules import LSTMLayer, check_timescales, draw_timescales_
 
 
 class CoordinateRule(Rule):
@@ -78,8 +77,7 @@ class CoordinateRule(Rule):
             >>> round(rule.layers[0].bias[4].sigmoid().item(), 4)
             0.99
         """
-        low = check_number("low", low, "above 1", math.nextafter(1.0, 2.0), LARGEST)
-        high = check_number("high", high, f"of at least low = {low}", low, LARGEST)
+        low, high = check_timescales(low, high)
         for layer in self.modules():
             if isinstance(layer, LSTMLayer):
                 draw_timescales_(layer, low, high, generator)

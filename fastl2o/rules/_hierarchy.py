@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ._base import Weights
+
+if TYPE_CHECKING:
+    from .hierarchical import HierarchicalRule
 
 RMS_EPS = 1e-16
 SQUARE_EPS = 1e-12
@@ -93,3 +99,31 @@ def features(
         (scaled, scaled[:-1] * scaled[1:], logs - logs.mean(dim=0), centred_log_rate[None])
     )
     return averages, squares, scaled, inputs
+
+
+def initialise_(rule: HierarchicalRule, generator: torch.Generator | None) -> None:
+    """The authors' initialisation; see `HierarchicalRule.reset_parameters`."""
+    cells = (rule.param_gru, rule.tensor_gru, rule.global_gru)
+    maps = (rule.tensor_to_param, rule.global_to_param, rule.global_to_tensor)
+    weights = [w for cell in cells for w in (cell.gates, cell.candidate)]
+    for weight in [*weights, *(affine.weight for affine in maps)]:
+        weight.normal_(0.0, 0.5 / math.sqrt(weight.shape[1]), generator=generator)
+    for cell in cells:
+        cell.gates_bias.fill_(2.2)
+        cell.candidate_bias.zero_()
+    for affine in maps:
+        affine.bias.zero_()
+    for start in (rule.param_start, rule.tensor_start, rule.global_start):
+        start.uniform_(-1.0, 1.0, generator=generator)
+    for readout in (rule.direction, rule.square_decay, rule.average_decay):
+        readout.normal_(0.0, 0.5 / math.sqrt(rule.param_size), generator=generator)
+    rule.shortcut.normal_(1 / rule.num_scales, 0.05, generator=generator)
+    if rule.attention:
+        rule.attention_direction.copy_(rule.direction)
+        rule.attention_shortcut.copy_(rule.shortcut)
+    rule.rate.zero_()
+    rule.rate_bias.zero_()
+    rule.square_decay_bias.fill_(3.2)
+    rule.average_decay_bias.fill_(2.2)
+    rule.rate_momentum.fill_(3.2)
+    rule.log_rate_offset.fill_(-1.0)

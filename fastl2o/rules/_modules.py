@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from ._base import LARGEST, check_number
 
 
 class Affine(nn.Module):
@@ -50,11 +54,22 @@ def draw_timescales_(
     """
     b_i, b_f, _, _ = layer.bias.chunk(4)
     units = len(b_i) // 2
-    drawn = torch.rand(units, generator=generator, dtype=torch.float64)
-    steps = low * (high / low) ** drawn
-    biases = torch.log(steps - 1).to(b_f)
+    biases = long_memories(units, low, high, generator).to(b_f)
     b_f[:units] = biases
     b_i[:units] = -biases
+
+
+def check_timescales(low: object, high: object) -> tuple[float, float]:
+    """Return two numbers of steps with 1 < low <= high, else raise naming the argument."""
+    shortest = check_number("low", low, "above 1", math.nextafter(1.0, 2.0), LARGEST)
+    accepted = f"of at least low = {shortest}"
+    return shortest, check_number("high", high, accepted, shortest, LARGEST)
+
+
+def long_memories(units: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
+    """Biases `(units,)`, float64, at which gates keep 1 - 1/T, T log-uniform in [low, high]."""
+    drawn = torch.rand(units, generator=generator, dtype=torch.float64)
+    return torch.log(low * (high / low) ** drawn - 1)
 
 
 def truncated_normal_(tensor: Tensor, sd: float, generator: torch.Generator | None) -> None:

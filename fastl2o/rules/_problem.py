@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Initial learning rates lie between these.
+# Initial learning rates lie between these unless a rule says otherwise.
 LOWEST_RATE, HIGHEST_RATE = 1e-6, 1e-2
 
 
@@ -46,13 +46,16 @@ class Sweep(NamedTuple):
     sums: Tensor
 
 
-def draw_log_rates(shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_log_rates(
+    shape: torch.Size, lowest: float, highest: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Initial log rates of a tensor, on the CPU, and their offset.
 
     An offset for the tensor plus a number for each element, both uniform between half the
-    logarithms of LOWEST_RATE and HIGHEST_RATE. In float32: other dtypes would draw other numbers.
+    logarithms of the rates ``lowest`` and ``highest``. In float32: other dtypes would draw other
+    numbers.
     """
-    bounds = (0.5 * math.log(LOWEST_RATE), 0.5 * math.log(HIGHEST_RATE))
+    bounds = (0.5 * math.log(lowest), 0.5 * math.log(highest))
     offset = torch.empty((), dtype=torch.float32).uniform_(*bounds, generator=generator)
     rates = torch.empty(shape, dtype=torch.float32).uniform_(*bounds, generator=generator)
     return rates + offset, offset

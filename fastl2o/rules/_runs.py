@@ -7,7 +7,7 @@ the global state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +36,17 @@ def views(
         part.view(rule.state_planes, size) for part, size in zip(parts[:count], sizes, strict=True)
     ]
     return planes, list(parts[count:-1]), parts[-1]
+
+
+def start_views(
+    rule: HierarchicalRule, row: Tensor, sizes: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parts `(H, n)` of a row that start as n copies of a meta-parameter `(H,)`, and which."""
+    planes, tensors, hidden = views(rule, row, sizes)
+    for plane, tensor in zip(planes, tensors, strict=True):
+        yield "param_start", plane[: rule.param_size]
+        yield "tensor_start", tensor[:-1, None]
+    yield "global_start", hidden[:, None]
 
 
 def pack(state: ProblemState) -> Tensor:

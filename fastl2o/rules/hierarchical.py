@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from . import _hierarchy as maths
 from . import _runs
-from ._base import Rule, Weights, check_integer
-from ._modules import Affine
-from ._problem import ProblemState, Sweep, draw_log_rates
+from ._base import LARGEST, SMALLEST, Rule, Weights, check_integer, check_number
+from ._modules import Affine, check_timescales, long_memories
+from ._problem import HIGHEST_RATE, LOWEST_RATE, ProblemState, Sweep, draw_log_rates
 
 __all__ = ["HierarchicalRule", "ProblemState"]
 
@@ -25,7 +24,7 @@ class HierarchicalRule(Rule):
     tensor reads the means of those over its parameters, and one reads the means over all tensors.
     The upper two inject biases into the ones below at the next step. A parameter's update is
     -exp(log rate) d / rms(d), rms over its tensor, with its own log learning rate, which the rule
-    adapts from a random start. 19 state numbers and 704 multiply-adds a parameter.
+    adapts from its start. 19 state numbers and 704 multiply-adds a parameter.
 
     With attention, a second readout says how far ahead of the parameters the next gradient is
     taken: parameters stay ahead between steps, by the state's last plane, and
@@ -38,6 +37,9 @@ class HierarchicalRule(Rule):
         param_size, tensor_size, global_size: hidden sizes of the three levels, 1 to 64.
         num_scales: time scales of the gradient's moving averages, 1 to 8.
         attention: take gradients at a point ahead. Steps run in plain torch: no kernels have it.
+        lowest_rate, highest_rate: between which the initial learning rates are drawn. The authors'
+            1e-6 and 1e-2 make a rule that finds rates for itself; a rule of which both are the
+            same starts alike with every seed.
 
     Raises:
         ValueError, TypeError: an argument is outside what is listed here.
@@ -65,6 +67,8 @@ class HierarchicalRule(Rule):
         global_size: int = 20,
         num_scales: int = 4,
         attention: bool = False,
+        lowest_rate: float = LOWEST_RATE,
+        highest_rate: float = HIGHEST_RATE,
     ) -> None:
         super().__init__()
         self.param_size = check_integer("param_size", param_size, 1, 64)
@@ -74,6 +78,10 @@ class HierarchicalRule(Rule):
         if not isinstance(attention, bool):
             raise TypeError(f"Invalid attention: {attention!r}; pass True or False")
         self.attention = attention
+        self.lowest_rate = check_number("lowest_rate", lowest_rate, "above 0", SMALLEST, LARGEST)
+        least = self.lowest_rate
+        accepted = f"of at least lowest_rate = {least}"
+        self.highest_rate = check_number("highest_rate", highest_rate, accepted, least, LARGEST)
         self.param_start = nn.Parameter(torch.empty(param_size))
         self.tensor_start = nn.Parameter(torch.empty(tensor_size))
         self.global_start = nn.Parameter(torch.empty(global_size))
@@ -100,9 +108,37 @@ class HierarchicalRule(Rule):
         self.reset_parameters()
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        names = ("param_size", "tensor_size", "global_size", "num_scales", "attention")
+        """The constructor's arguments, the rates only where they are not the default."""
+        names = ["param_size", "tensor_size", "global_size", "num_scales", "attention"]
+        if (self.lowest_rate, self.highest_rate) != (LOWEST_RATE, HIGHEST_RATE):
+            names += ["lowest_rate", "highest_rate"]
         return {name: getattr(self, name) for name in names}
+
+    @torch.no_grad()
+    def draw_timescales(
+        self, low: float, high: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Start half of the tensor and global GRUs' units with long memories, by gate biases.
+
+        T is drawn log-uniformly from [low, high] for each of them, and its update gate starts at
+        1 - 1/T, so that it holds an average over about T steps: a clock for a rule that is to slow
+        down over thousands of steps. See `CoordinateRule.draw_timescales`.
+
+        Args:
+            low, high: steps, 1 < low <= high.
+            generator: source of the numbers.
+
+        Example:
+            >>> rule = HierarchicalRule(global_size=4)
+            >>> rule.draw_timescales(100.0, 100.0)
+            >>> round(rule.global_gru.gates_bias[4].sigmoid().item(), 4)
+            0.99
+        """
+        low, high = check_timescales(low, high)
+        for cell in (self.tensor_gru, self.global_gru):
+            size = cell.candidate_bias.numel()
+            biases = long_memories(size // 2, low, high, generator)
+            cell.gates_bias[size : size + size // 2] = biases.to(cell.gates_bias)
 
     @property
     def state_planes(self) -> int:
@@ -117,30 +153,7 @@ class HierarchicalRule(Rule):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The authors' initialisation: normal weights, sd 0.5/sqrt(in), and forgetful gates."""
-        cells = (self.param_gru, self.tensor_gru, self.global_gru)
-        maps = (self.tensor_to_param, self.global_to_param, self.global_to_tensor)
-        weights = [w for cell in cells for w in (cell.gates, cell.candidate)]
-        for weight in [*weights, *(affine.weight for affine in maps)]:
-            weight.normal_(0.0, 0.5 / math.sqrt(weight.shape[1]), generator=generator)
-        for cell in cells:
-            cell.gates_bias.fill_(2.2)
-            cell.candidate_bias.zero_()
-        for affine in maps:
-            affine.bias.zero_()
-        for start in (self.param_start, self.tensor_start, self.global_start):
-            start.uniform_(-1.0, 1.0, generator=generator)
-        for readout in (self.direction, self.square_decay, self.average_decay):
-            readout.normal_(0.0, 0.5 / math.sqrt(self.param_size), generator=generator)
-        self.shortcut.normal_(1 / self.num_scales, 0.05, generator=generator)
-        if self.attention:
-            self.attention_direction.copy_(self.direction)
-            self.attention_shortcut.copy_(self.shortcut)
-        self.rate.zero_()
-        self.rate_bias.zero_()
-        self.square_decay_bias.fill_(3.2)
-        self.average_decay_bias.fill_(2.2)
-        self.rate_momentum.fill_(3.2)
-        self.log_rate_offset.fill_(-1.0)
+        maths.initialise_(self, generator)
 
     # State
     # ----------------------------------------------------------------------------------------------
@@ -163,7 +176,8 @@ class HierarchicalRule(Rule):
             part: takes the part out of a tensor of that shape.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        rates, offset = draw_log_rates(param.shape if shape is None else shape, generator)
+        whole = param.shape if shape is None else shape
+        rates, offset = draw_log_rates(whole, self.lowest_rate, self.highest_rate, generator)
         planes = torch.zeros((self.state_planes, *param.shape), dtype=dtype, device=param.device)
         start = self.param_start.detach().to(planes)
         planes[: self.param_size] = start.view(-1, *(1,) * param.dim())
@@ -234,22 +248,16 @@ class HierarchicalRule(Rule):
         gradient = d_state.new_zeros(self.num_meta_parameters)
         of = self.unflatten(gradient)
         for row in d_state:
-            planes, tensors, hidden = _runs.views(self, row, sizes)
-            for plane, tensor in zip(planes, tensors, strict=True):
-                of["param_start"] += plane[: self.param_size].sum(dim=1)
-                of["tensor_start"] += tensor[:-1]
-            of["global_start"] += hidden
+            for name, view in _runs.start_views(self, row, sizes):
+                of[name] += view.sum(dim=1)
         return gradient
 
     def shift_start(self, state: Tensor, offsets: Tensor, sizes: Sequence[int]) -> None:
         """See `Rule.shift_start`; the transpose of `start_gradient`."""
         for row, offset in zip(state, offsets, strict=True):
             of = self.unflatten(offset)
-            planes, tensors, hidden = _runs.views(self, row, sizes)
-            for plane, tensor in zip(planes, tensors, strict=True):
-                plane[: self.param_size] += of["param_start"][:, None]
-                tensor[:-1] += of["tensor_start"]
-            hidden += of["global_start"]
+            for name, view in _runs.start_views(self, row, sizes):
+                view += of[name][:, None]
 
     def reference_step(
         self,
