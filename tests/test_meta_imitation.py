@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fastl2o.meta.tasks import Quadratic, RandomScaling, WithConvex
 from fastl2o.rules import Rule
 from tests.common import RuleCase
 from tests.test_meta_gradient import assert_near, over_cases
+from tests.test_meta_trainer import assert_same_bits
 
 F64 = torch.float64
 TASK = WithConvex(RandomScaling(Quadratic(dim=4), 1.0), num=3)
@@ -137,6 +139,33 @@ def test_own_path_and_coordinates_are_drawn_for_each_lesson() -> None:
     assert 8 < sum(lesson.own_path for lesson in lessons) < 32
     assert len({tuple(lesson.picked.tolist()) for lesson in lessons}) > 20
     assert all(lesson.picked.unique().numel() == 3 for lesson in lessons)
+
+
+@pytest.mark.parametrize("own_path", [0.0, 1.0])
+def test_lessons_of_some_coordinates_resume_to_the_same_bits(
+    own_path: float, tmp_path: Path
+) -> None:
+    def trainer(directory: Path | None = None) -> meta.MetaTrainer:
+        rule = fastl2o.RNNPropRule(4, 1)
+        rule.reset_parameters(seeded())
+        return meta.MetaTrainer(
+            rule,
+            [Quadratic(dim=7)],
+            meta.TruncatedBPTT(5),
+            horizon=40,
+            imitation=meta.Imitation(1.0, coordinates=3, own_path=own_path),
+            runs=2,
+            groups=2,
+            progress=False,
+            checkpoint_dir=directory,
+        )
+
+    whole = trainer()
+    whole.fit(8)
+    trainer(tmp_path).fit(5)
+    resumed = trainer(tmp_path)
+    resumed.fit(8)
+    assert_same_bits(resumed, whole)
 
 
 def test_a_rule_learns_adams_steps() -> None:

@@ -143,10 +143,11 @@ class GroupStarter:
         # A start of the saved runs shows what shapes go with them.
         run.load_state_dict(saved["progress"]["run"])
         like = self.estimator.begin(rule, run)
-        progress = Progress.from_state_dict(run, saved["progress"], like)
         lesson = None
         if saved["lesson"] is not None:
             lesson = Lesson.from_state_dict(saved["lesson"], like.params)
+            lesson.begin(rule, like)
+        progress = Progress.from_state_dict(run, saved["progress"], like)
         return Group(saved["task"], saved["horizon"], saved["unroll"], progress, lesson)
 
 

@@ -42,6 +42,12 @@ class Lesson:
         """The compared coordinates of ``(..., D)``."""
         return tensor if self.picked is None else tensor[..., self.picked]
 
+    def begin(self, rule: Rule, progress: Progress) -> None:
+        """Where only some coordinates follow Adam's path, give runs that start a state of those."""
+        if self.picked is not None and not self.own_path:
+            seen = self.of(progress.params)
+            progress.state = ops.coordinate_wise(rule).init_state(seen, seen.dtype)
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         return {"moments": self.moments, "own_path": self.own_path, "picked": self.picked}
@@ -168,9 +174,7 @@ class Imitation:
             drawn = torch.randperm(params.shape[1], generator=generator)
             picked = drawn[: self.coordinates].sort().values
         lesson = Lesson(params.new_zeros((2, *params.shape)), own_path, picked)
-        if picked is not None and not own_path:
-            seen = lesson.of(params)
-            progress.state = ops.coordinate_wise(rule).init_state(seen, seen.dtype)
+        lesson.begin(rule, progress)
         return lesson
 
     def window(self, rule: Rule, progress: Progress, lesson: Lesson, steps: int) -> MetaGradient:
