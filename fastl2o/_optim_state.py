@@ -177,9 +177,12 @@ def as_float(number: float | Tensor) -> float:
 
 
 def _check_number(name: str, value: Any) -> None:
-    boolean = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
+    # Not numbers, although float() takes them.
+    refused = isinstance(value, (bool, str, bytes))
+    if isinstance(value, Tensor):
+        refused = value.dtype == torch.bool
     try:
-        number = math.nan if boolean else as_float(value)
+        number = math.nan if refused else as_float(value)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0.0 <= number < math.inf:

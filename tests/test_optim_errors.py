@@ -43,6 +43,7 @@ BAD_OPTIONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"lr": torch.tensor(True)}, ValueError, "Invalid lr: True"),
     ({"lr": torch.tensor(1j)}, ValueError, "Invalid lr: 1j"),
     ({"lr": "fast"}, ValueError, "Invalid lr: fast"),
+    ({"lr": "1"}, ValueError, "Invalid lr: 1. Accepted: a finite number"),
     ({"lr": None}, ValueError, "Invalid lr: None"),
     ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "Invalid lr: -1"),
