@@ -101,7 +101,6 @@ def mnist(tmp_path: Path) -> Path:
         "hierarchical-small-middle",
         "hierarchical-small-late",
         "hierarchical-small",
-        "hierarchical-start",
         "hierarchical",
     ],
 )

@@ -343,6 +343,9 @@ def test_timescales_are_in_half_of_the_upper_levels_update_gates() -> None:
         bias = getattr(rule, level).gates_bias.detach()
         memories.append(1 / (1 - bias[20:30].sigmoid()))
         bias[20:30] = getattr(before, level).gates_bias.detach()[20:30]
+    kept = rule.rate_momentum.detach()
+    torch.testing.assert_close(kept.sigmoid(), torch.tensor(0.999))  # log rates: `high` steps
+    kept.copy_(before.rate_momentum.detach())
     assert torch.equal(rule.flat_parameters(), before.flat_parameters())
     steps = torch.cat(memories)
     assert 9.99 <= steps.min() < 50 < steps.log().mean().exp() < 200 < steps.max() <= 1001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -108,7 +109,7 @@ class HierarchicalRule(Rule):
         self.reset_parameters()
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, the rates only where they are not the default."""
+        """The constructor's arguments; the rates only if they are not the default."""
         names = ["param_size", "tensor_size", "global_size", "num_scales", "attention"]
         if (self.lowest_rate, self.highest_rate) != (LOWEST_RATE, HIGHEST_RATE):
             names += ["lowest_rate", "highest_rate"]
@@ -118,15 +119,13 @@ class HierarchicalRule(Rule):
     def draw_timescales(
         self, low: float, high: float, generator: torch.Generator | None = None
     ) -> None:
-        """Start half of the tensor and global GRUs' units with long memories, by gate biases.
+        """Start half of the tensor and global GRUs' units, and the log rates, with long memories.
 
-        T is drawn log-uniformly from [low, high] for each of them, and its update gate starts at
+        T is drawn log-uniformly from [low, high] for each unit, and its update gate starts at
         1 - 1/T, so that it holds an average over about T steps: a clock for a rule that is to slow
-        down over thousands of steps. See `CoordinateRule.draw_timescales`.
-
-        Args:
-            low, high: steps, 1 < low <= high.
-            generator: source of the numbers.
+        down over thousands of steps. Log rates start to average over `high` steps: a rule that
+        does not see them can then set a rate beside where it started, in place of adding up
+        errors. See `CoordinateRule.draw_timescales`.
 
         Example:
             >>> rule = HierarchicalRule(global_size=4)
@@ -139,6 +138,7 @@ class HierarchicalRule(Rule):
             size = cell.candidate_bias.numel()
             biases = long_memories(size // 2, low, high, generator)
             cell.gates_bias[size : size + size // 2] = biases.to(cell.gates_bias)
+        self.rate_momentum.fill_(math.log(high - 1))
 
     @property
     def state_planes(self) -> int:
