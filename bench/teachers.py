@@ -75,11 +75,9 @@ def teachers() -> dict[str, MakeOptimizer]:
     }
 
 
-def table(
-    entrants: dict[str, MakeOptimizer], file: str, horizon: int, runs: int, options: Namespace
-) -> str:
+def table(entrants: dict[str, MakeOptimizer], file: str, horizon: int, options: Namespace) -> str:
     """Mean last losses of all entrants on a file of tasks, in Markdown."""
-    tasks = [task.held_out() for task in load_tasks(file, options.data)]
+    runs, tasks = options.runs, [task.held_out() for task in load_tasks(file, options.data)]
     rows = []
     with tqdm(total=len(tasks) * len(entrants) * horizon, unit="step", unit_scale=True) as bar:
         for task in tasks:
@@ -102,30 +100,31 @@ def main() -> None:
     parser.add_argument("rules", nargs="*", help="names or paths of rules to show beside them")
     parser.add_argument("--task", help="TOML; without it the files of the report")
     parser.add_argument("--data", help="MNIST .npz; default $FASTL2O_DATA")
-    parser.add_argument("--horizon", type=int, default=2000, help="inner steps, with --task")
+    parser.add_argument("--horizon", type=int, help="inner steps with --task, default 2000")
     parser.add_argument("--runs", type=int, default=4, help="of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-write", action="store_true", help="only print")
     options = parser.parse_args()
+    if options.horizon is not None and options.task is None:
+        parser.error("--horizon goes with --task; the report's horizons are its own")
     set_threads(options.threads)
     entrants = teachers()
     for name in options.rules:
         entrants[name] = partial(learned_stepper, rule=fastl2o.load(name))
     chosen = REPORTED
     if options.task is not None:
-        chosen = {options.task: options.horizon}
+        chosen = {options.task: options.horizon or 2000}
     line = ", ".join(f"{key} {value}" for key, value in machine().items())
     text = (
         f"# Teachers\n\nMade by `python -m bench.teachers`. {line}\n\nRates {RATE} / (1 + t / "
         f"{DECAY:.0f}), where cautious {CAUTIOUS_RATE}; betas {BETAS} unless named.\n\n"
-        + "\n".join(
-            table(entrants, file, horizon, options.runs, options)
-            for file, horizon in chosen.items()
-        )
+        + "\n".join(table(entrants, file, horizon, options) for file, horizon in chosen.items())
     )
     print(text)
-    if options.task is None and not options.rules and not options.no_write:
+    usual = options.task is None and not options.rules
+    usual &= all(getattr(options, key) == parser.get_default(key) for key in ("runs", "seed"))
+    if usual and not options.no_write:
         (REPORTS / "teachers.md").write_text(text)
 
 

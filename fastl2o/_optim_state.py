@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -177,12 +178,12 @@ def as_float(number: float | Tensor) -> float:
 
 
 def _check_number(name: str, value: Any) -> None:
-    # Not numbers, although float() takes them.
-    refused = isinstance(value, (bool, str, bytes))
+    # float() takes text and booleans too.
+    usable = isinstance(value, Real) and not isinstance(value, bool)
     if isinstance(value, Tensor):
-        refused = value.dtype == torch.bool
+        usable = value.dtype != torch.bool
     try:
-        number = math.nan if refused else as_float(value)
+        number = as_float(value) if usable else math.nan
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0.0 <= number < math.inf:

@@ -84,7 +84,8 @@ class Hierarchical(_NamedOptimizer):
 
     Same arguments as `LearnedOptimizer`, but the rule has a default, the shipped
     ``"hierarchical"``, and is keyword-only: another rule of the family "hierarchical", its
-    name or path. ``seed`` decides the parameters' initial learning rates.
+    name or path. ``seed`` decides the initial learning rates of rules that draw them; the shipped
+    one starts with the same for all parameters.
 
     Example:
         >>> import torch, fastl2o

@@ -81,7 +81,7 @@ class LearnedOptimizer(Optimizer):
     parameter; rules that count steps also have ``state[p]["step"]``, a 0-dim float32 tensor; a
     hierarchical rule has ``state[p]["tensor"]`` (tensor_size + 1,), whose last number is the mean
     of the log rates, and ``state["global/<n>"]["hidden"]``, which all its parameters share and the
-    first of them holds as ``state[p]["global"]``. They start at random rates that ``seed`` decides.
+    first of them holds as ``state[p]["global"]``. ``seed`` draws the rates that it starts with.
     ``state_dict()`` holds tensors, numbers and strings only and notes the rule's family, config and
     a digest of its meta-parameters; loading it with another rule is refused. The rule itself is
     not in the state_dict (save it with ``rule.save``), but in copies and pickles of the optimizer.

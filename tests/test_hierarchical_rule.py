@@ -288,9 +288,9 @@ def test_file_copy_and_pickle_round_trips(rates: dict[str, float], tmp_path: Pat
         ({"tensor_size": 65}, "tensor_size"),
         ({"global_size": 2.0}, "global_size"),
         ({"num_scales": 9}, "num_scales"),
-        ({"lowest_rate": 0.0}, "lowest_rate: 0.0; pass a number above 0"),
-        ({"lowest_rate": 0.1}, "highest_rate: 0.01; pass a number of at least lowest_rate = 0.1"),
-        ({"highest_rate": math.inf}, "highest_rate"),
+        ({"lowest_rate": 0.0}, "lowest_rate: 0.0; pass a number from 4.7e-15 to 2.1e.14"),
+        ({"lowest_rate": 0.1}, "highest_rate: 0.01; pass a number from lowest_rate = 0.1 to"),
+        ({"highest_rate": math.inf}, "highest_rate: inf"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:

@@ -13,7 +13,7 @@ import fastl2o
 from fastl2o import meta
 from fastl2o.meta.imitation import Lesson
 from fastl2o.meta.tasks import Quadratic, RandomScaling, WithConvex
-from fastl2o.rules import Rule
+from fastl2o.rules import FAMILIES, Rule
 from tests.common import RuleCase
 from tests.test_meta_gradient import assert_near, over_cases
 from tests.test_meta_trainer import assert_same_bits
@@ -142,18 +142,23 @@ def test_own_path_and_coordinates_are_drawn_for_each_lesson() -> None:
 
 
 @pytest.mark.parametrize("own_path", [0.0, 1.0])
-def test_lessons_of_some_coordinates_resume_to_the_same_bits(
-    own_path: float, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "coordinates"), [("rnnprop", None), ("rnnprop", 3), ("hierarchical", None)]
+)
+def test_lessons_resume_to_the_same_bits(
+    family: str, coordinates: int | None, own_path: float, tmp_path: Path
 ) -> None:
+    sizes = {"rnnprop": (4, 1), "hierarchical": (3, 2, 2)}[family]
+
     def trainer(directory: Path | None = None) -> meta.MetaTrainer:
-        rule = fastl2o.RNNPropRule(4, 1)
+        rule = FAMILIES[family](*sizes)
         rule.reset_parameters(seeded())
         return meta.MetaTrainer(
             rule,
             [Quadratic(dim=7)],
             meta.TruncatedBPTT(5),
             horizon=40,
-            imitation=meta.Imitation(1.0, coordinates=3, own_path=own_path),
+            imitation=meta.Imitation(1.0, coordinates=coordinates, own_path=own_path),
             runs=2,
             groups=2,
             progress=False,

@@ -161,6 +161,9 @@ def test_an_ensemble_stands_for_its_tasks() -> None:
     torch.testing.assert_close(kept[:10], torch.full((10,), 1 - 1 / 90))
     with pytest.raises(RecipeError, match=r"timescales: .*low"):
         build_trainer(parse_recipe(f"timescales = [1, 9]\n{table}"))
+    both = f'start = "hierarchical-small"\ntimescales = [2, 9]\n{table}'
+    with pytest.raises(RecipeError, match=r"timescales: .*leave timescales or start out"):
+        build_trainer(parse_recipe(both))
     with pytest.raises(RecipeError, match=r"tasks\[0\]: families must be a list of some of quadr"):
         build_trainer(parse_recipe(table.replace('"bowl"', '"ball"')))
     with pytest.raises(RecipeError, match=r"unknown key 'tasks\[0\].familys'"):
@@ -173,12 +176,13 @@ def test_a_recipe_continues_from_another_rule(tmp_path: Path) -> None:
         first.readout.bias.fill_(0.25)
     file = str(tmp_path / "first.safetensors")
     first.save(file)
-    rule = build_trainer(parse_recipe(f"start = {file!r}\n" + GOOD)).rule
+    second = GOOD.replace("timescales = [2, 50]\n", "")
+    rule = build_trainer(parse_recipe(f"start = {file!r}\n" + second)).rule
     assert torch.equal(rule.flat_parameters(), first.flat_parameters())
-    other = GOOD.replace("hidden_size = 3", "hidden_size = 4")
+    other = second.replace("hidden_size = 3", "hidden_size = 4")
     with pytest.raises(RecipeError, match=r"start: .* but \[rule\] asks for .*hidden_size=4"):
         build_trainer(parse_recipe(f"start = {file!r}\n" + other))
-    gone = "start = 'gone.safetensors'\n" + GOOD
+    gone = "start = 'gone.safetensors'\n" + second
     with pytest.raises(FileNotFoundError, match=r"^mine\.toml, start: there is no rule file gone"):
         build_trainer(parse_recipe(gone, "mine.toml"))
 

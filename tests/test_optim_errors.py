@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ BAD_OPTIONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"lr": torch.tensor(1j)}, ValueError, "Invalid lr: 1j"),
     ({"lr": "fast"}, ValueError, "Invalid lr: fast"),
     ({"lr": "1"}, ValueError, "Invalid lr: 1. Accepted: a finite number"),
+    ({"lr": np.array("1")}, ValueError, "Invalid lr: 1. Accepted: a finite number"),
+    ({"lr": np.True_}, ValueError, "Invalid lr: True"),
     ({"lr": None}, ValueError, "Invalid lr: None"),
     ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "Invalid lr: -1"),

@@ -220,6 +220,11 @@ def build_trainer(
         rule.reset_parameters(generator)
     if recipe.timescales is not None:
         with naming(source, "timescales"):
+            if recipe.start is not None:
+                raise ValueError(
+                    f"they are of a fresh rule, and this one starts from {recipe.start!r}; leave "
+                    "timescales or start out"
+                )
             low, high = recipe.timescales
             rule.draw_timescales(low, high, generator)
     if recipe.start is not None:

@@ -62,7 +62,7 @@ def draw_timescales_(
 def check_timescales(low: object, high: object) -> tuple[float, float]:
     """Return two numbers of steps with 1 < low <= high, else raise naming the argument."""
     shortest = check_number("low", low, "above 1", math.nextafter(1.0, 2.0), LARGEST)
-    accepted = f"of at least low = {shortest}"
+    accepted = f"that is finite and at least low = {shortest}"
     return shortest, check_number("high", high, accepted, shortest, LARGEST)
 
 

@@ -8,8 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._base import check_number
+from ._hierarchy import LOG_RATE_LIMIT
+
 # Initial learning rates lie between these unless a rule says otherwise.
 LOWEST_RATE, HIGHEST_RATE = 1e-6, 1e-2
+
+
+def check_rates(lowest: object, highest: object) -> tuple[float, float]:
+    """Return two rates, the first at most the second, else raise naming the argument."""
+    low, high = math.exp(-LOG_RATE_LIMIT), math.exp(LOG_RATE_LIMIT)
+    least = check_number("lowest_rate", lowest, f"from {low:.2g} to {high:.2g}", low, high)
+    accepted = f"from lowest_rate = {least} to {high:.2g}"
+    return least, check_number("highest_rate", highest, accepted, least, high)
 
 
 class ProblemState(NamedTuple):

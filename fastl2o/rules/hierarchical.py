@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _hierarchy as maths
-from . import _runs
-from ._base import LARGEST, SMALLEST, Rule, Weights, check_integer, check_number
+from . import _problem, _runs
+from ._base import Rule, Weights, check_integer
 from ._modules import Affine, check_timescales, long_memories
-from ._problem import HIGHEST_RATE, LOWEST_RATE, ProblemState, Sweep, draw_log_rates
+from ._problem import HIGHEST_RATE, LOWEST_RATE, ProblemState, Sweep
 
 __all__ = ["HierarchicalRule", "ProblemState"]
 
@@ -60,6 +60,8 @@ class HierarchicalRule(Rule):
     needs_step: ClassVar[bool] = True
     learned_start: ClassVar[bool] = True
     runs_axis: ClassVar[int] = 0
+    # Pickles made before rules had rates of their own lack them.
+    lowest_rate, highest_rate = LOWEST_RATE, HIGHEST_RATE
 
     def __init__(
         self,
@@ -79,10 +81,7 @@ class HierarchicalRule(Rule):
         if not isinstance(attention, bool):
             raise TypeError(f"Invalid attention: {attention!r}; pass True or False")
         self.attention = attention
-        self.lowest_rate = check_number("lowest_rate", lowest_rate, "above 0", SMALLEST, LARGEST)
-        least = self.lowest_rate
-        accepted = f"of at least lowest_rate = {least}"
-        self.highest_rate = check_number("highest_rate", highest_rate, accepted, least, LARGEST)
+        self.lowest_rate, self.highest_rate = _problem.check_rates(lowest_rate, highest_rate)
         self.param_start = nn.Parameter(torch.empty(param_size))
         self.tensor_start = nn.Parameter(torch.empty(tensor_size))
         self.global_start = nn.Parameter(torch.empty(global_size))
@@ -177,7 +176,9 @@ class HierarchicalRule(Rule):
         """
         wide = torch.promote_types(dtype, torch.float32)
         whole = param.shape if shape is None else shape
-        rates, offset = draw_log_rates(whole, self.lowest_rate, self.highest_rate, generator)
+        rates, offset = _problem.draw_log_rates(
+            whole, self.lowest_rate, self.highest_rate, generator
+        )
         planes = torch.zeros((self.state_planes, *param.shape), dtype=dtype, device=param.device)
         start = self.param_start.detach().to(planes)
         planes[: self.param_size] = start.view(-1, *(1,) * param.dim())
