@@ -71,6 +71,7 @@ def teachers() -> dict[str, MakeOptimizer]:
         "the same, falling twice as fast": teacher(CAUTIOUS_RATE, decay=DECAY / 2, **both),
         "the same, falling half as fast": teacher(CAUTIOUS_RATE, decay=DECAY * 2, **both),
         "the same, betas 0.95": teacher(CAUTIOUS_RATE, betas=(0.95, 0.95), **both),
+        "the same, betas 0.95 and 0.99": teacher(CAUTIOUS_RATE, betas=(0.95, 0.99), **both),
         "the same, betas 0.9 and 0.99": teacher(CAUTIOUS_RATE, betas=(0.9, 0.99), **both),
     }
 

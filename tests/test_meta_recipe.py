@@ -96,6 +96,7 @@ def mnist(tmp_path: Path) -> Path:
         "rnnprop-mnist",
         "rnnprop",
         "lstm-start",
+        "lstm-middle",
         "lstm",
         "hierarchical-small-start",
         "hierarchical-small-middle",
