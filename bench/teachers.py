@@ -31,7 +31,7 @@ from fastl2o.meta.recipe import load_tasks
 
 from .common import REPORTS, ROOT, machine, set_threads
 
-BETAS, DECAY, TAIL = (0.9, 0.999), 2000.0, 100
+BETAS, DECAY, TAIL = (0.95, 0.99), 2000.0, 100
 # A cautious Adam leaves out steps, so its rate is half as large again.
 RATE, CAUTIOUS_RATE = 0.015, 0.0225
 # Files of tasks and the steps that the report's runs take on them.
@@ -71,8 +71,8 @@ def teachers() -> dict[str, MakeOptimizer]:
         "the same, falling twice as fast": teacher(CAUTIOUS_RATE, decay=DECAY / 2, **both),
         "the same, falling half as fast": teacher(CAUTIOUS_RATE, decay=DECAY * 2, **both),
         "the same, betas 0.95": teacher(CAUTIOUS_RATE, betas=(0.95, 0.95), **both),
-        "the same, betas 0.95 and 0.99": teacher(CAUTIOUS_RATE, betas=(0.95, 0.99), **both),
         "the same, betas 0.9 and 0.99": teacher(CAUTIOUS_RATE, betas=(0.9, 0.99), **both),
+        "the same, betas 0.9 and 0.999": teacher(CAUTIOUS_RATE, betas=(0.9, 0.999), **both),
     }
 
 
