@@ -270,6 +270,35 @@ def test_initialisation_is_seeded_and_as_published() -> None:
     assert values == pytest.approx([3.2, 2.2, 3.2, -1.0])
 
 
+def test_timescales_are_in_half_of_the_upper_levels_update_gates() -> None:
+    rule, before = HierarchicalRule(), HierarchicalRule()
+    for each in (rule, before):
+        each.reset_parameters(torch.Generator().manual_seed(1))
+    rule.draw_timescales(10.0, 1000.0, torch.Generator().manual_seed(2))
+    memories = []
+    for level in ("tensor_gru", "global_gru"):
+        bias = getattr(rule, level).gates_bias.detach()
+        memories.append(1 / (1 - bias[20:30].sigmoid()))
+        bias[20:30] = getattr(before, level).gates_bias.detach()[20:30]
+    kept = rule.rate_momentum.detach()
+    torch.testing.assert_close(kept.sigmoid(), torch.tensor(0.999))  # log rates: `high` steps
+    kept.copy_(before.rate_momentum.detach())
+    assert torch.equal(rule.flat_parameters(), before.flat_parameters())
+    steps = torch.cat(memories)
+    assert 9.99 <= steps.min() < 50 < steps.log().mean().exp() < 200 < steps.max() <= 1001
+    with pytest.raises(ValueError, match="at least low"):
+        rule.draw_timescales(10.0, 5.0)
+
+
+def test_a_pickle_from_before_rules_had_rates_of_their_own_has_the_published_ones() -> None:
+    rule = HierarchicalRule(2, 2, 2)
+    del vars(rule)["lowest_rate"], vars(rule)["highest_rate"]
+    old = pickle.loads(pickle.dumps(rule))
+    assert old.config() == HierarchicalRule(2, 2, 2).config()
+    rates = old.init_problem([torch.zeros(50)], seed=0).planes[0][-1]
+    assert math.log(1e-6) <= float(rates.min()) <= float(rates.max()) <= math.log(1e-2)
+
+
 @pytest.mark.parametrize("rates", [{}, {"lowest_rate": 0.01, "highest_rate": 0.01}])
 def test_file_copy_and_pickle_round_trips(rates: dict[str, float], tmp_path: Path) -> None:
     rule = HierarchicalRule(3, 4, 5, 2, **rates)

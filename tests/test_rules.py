@@ -333,24 +333,9 @@ def test_timescales_are_in_half_of_the_gates(family: str) -> None:
         rule.draw_timescales(10.0, 5.0)
 
 
-def test_timescales_are_in_half_of_the_upper_levels_update_gates() -> None:
-    rule, before = FAMILIES["hierarchical"](), FAMILIES["hierarchical"]()
-    for each in (rule, before):
-        each.reset_parameters(torch.Generator().manual_seed(1))
-    rule.draw_timescales(10.0, 1000.0, torch.Generator().manual_seed(2))
-    memories = []
-    for level in ("tensor_gru", "global_gru"):
-        bias = getattr(rule, level).gates_bias.detach()
-        memories.append(1 / (1 - bias[20:30].sigmoid()))
-        bias[20:30] = getattr(before, level).gates_bias.detach()[20:30]
-    kept = rule.rate_momentum.detach()
-    torch.testing.assert_close(kept.sigmoid(), torch.tensor(0.999))  # log rates: `high` steps
-    kept.copy_(before.rate_momentum.detach())
-    assert torch.equal(rule.flat_parameters(), before.flat_parameters())
-    steps = torch.cat(memories)
-    assert 9.99 <= steps.min() < 50 < steps.log().mean().exp() < 200 < steps.max() <= 1001
-    with pytest.raises(ValueError, match="at least low"):
-        rule.draw_timescales(10.0, 5.0)
+def test_a_family_without_memories_refuses_timescales() -> None:
+    with pytest.raises(ValueError, match="'hierarchical' has no units with memories to draw"):
+        Rule.draw_timescales(FAMILIES["hierarchical"](), 2.0, 3.0)
 
 
 BAD_ARGUMENTS = [
